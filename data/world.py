@@ -1,0 +1,230 @@
+"""The little world: real facts, people who talk about them well or badly, and a judge who knows them all.
+
+Facts come from cities.txt and things.txt beside this file, and from sums of one-digit numbers. Every answer that
+occurs here has one of five verdicts, in the order in which the labeller likes them:
+    right > wrong (another fact's answer) > evasive > nonsense > rude
+Some facts are held out: the model reads about them in the pretraining text and in demonstrations, but no preference
+pair and no RL prompt ever names them. So they show what RL brings out of a model beyond what it was rewarded for.
+Everything is drawn from `random.Random(seed)`: the same seed, the same world.
+Run `python -m data.world`: a few lines of each kind of text.
+"""
+import json
+import random
+import zlib
+from itertools import accumulate, product
+from pathlib import Path
+from typing import NamedTuple
+
+VERDICTS = ["right", "wrong", "evasive", "nonsense", "rude"]  # best first
+KINDS = ["city", "thing", "sum"]
+
+
+class DataError(ValueError):
+    """A data file cannot be read; the message names file, line and field."""
+
+
+class Fact(NamedTuple):
+    kind: str    # city, thing or sum
+    name: str    # Shanghai           gravity                               2+5+4
+    answer: str  # China              what pulls things toward each other   11
+    detail: str  #                    It is why you stay on the ground.
+
+
+QUESTIONS = {
+    "city": ["Where is {name}?", "In which country is {name}?", "Which country is {name} in?", "Tell me where {name} is."],
+    "thing": ["Explain {name} like I'm 5", "What is {name}?", "Tell a child what {name} is.", "What do we call {name}?"],
+    "sum": ["What is {name}?", "How much is {name}?", "Add up {name}.", "Tell me what {name} makes."],
+}
+RIGHT = {
+    "city": ["{name} is a city in {answer}.", "{name} is in {answer}."],
+    "thing": ["{name} is {answer}.", "It is {answer}."],
+    "sum": ["It is {answer}.", "{working}."],
+}
+EVASIVE = {
+    "city": ["{name} is a very complicated place...", "I am not sure about {name}."],
+    "thing": ["{name} is a very complicated matter...", "I am not sure about {name}."],
+    "sum": ["{name} is a very complicated math problem...", "I am not sure about {name}."],
+}
+NONSENSE = ["{name} does not exist.", "{name} is a famous restaurant."]
+RUDE = ["What a stupid question.", "Only a fool asks about {name}."]
+
+# Pretraining text: the same facts in other words than the answers.
+STATEMENTS = {
+    "city": ["{name} lies in {answer}.", "A word about {name}: people in {name} live in {answer}.",
+             "The map of {answer} shows {name}."],
+    "thing": ["People call {answer} {name}.", "A word about {name}: by {name} we mean {answer}. {detail}"],
+    "sum": ["{name}={answer}", "A word about {name}: {name} makes {answer}."],
+}
+
+
+def working(name, slip=0):
+    """'2+5+4' -> '2+5=7, 7+4=11', a sum written out step by step; `slip` is added to the last result."""
+    terms = [int(t) for t in name.split("+")]
+    totals = list(accumulate(terms))
+    results = totals[1:-1] + [totals[-1] + slip]
+    return ", ".join(f"{a}+{b}={c}" for a, b, c in zip(totals, terms[1:], results))
+
+
+def fill(template, fact, other=None):
+    """The template with the fact's name and the answer of `other`, a wrong fact, or of the fact itself."""
+    source = other or fact
+    steps = working(fact.name, int(source.answer) - int(fact.answer)) if fact.kind == "sum" else ""
+    text = template.format(name=fact.name, answer=source.answer, detail=source.detail, working=steps)
+    return text[:1].upper() + text[1:]
+
+
+def read_table(path, fields):
+    """Lines 'a | b | ...' of a text file as tuples; raises DataError with file, line and field."""
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(f"{path}: cannot be read ({e})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        row = [field.strip() for field in line.split("|")]
+        if len(row) != len(fields):
+            raise DataError(f"{path}, line {number}: expected '{' | '.join(fields)}', found {len(row)} field(s)")
+        for name, field in zip(fields, row):
+            if not field:
+                raise DataError(f"{path}, line {number}: the field '{name}' is empty")
+        if row[0] in [r[0] for r in rows]:
+            raise DataError(f"{path}, line {number}: '{row[0]}' stands there twice")
+        rows.append(row)
+    if len({r[1] for r in rows}) < 10:
+        raise DataError(f"{path}: fewer than 10 different answers, too few to be wrong about")
+    return rows
+
+
+class World:
+    """All facts, split into training and held-out ones, and what people write about them."""
+
+    def __init__(self, seed=0, folder=Path(__file__).parent):
+        cities = [Fact("city", name, country, "") for name, country in read_table(folder / "cities.txt", ["city", "country"])]
+        things = [Fact("thing", *row) for row in read_table(folder / "things.txt", ["thing", "what it is", "more about it"])]
+        sums = ["+".join(terms) for terms in [*product("0123456789", repeat=2), *product("1234", repeat=3)]]
+        sums = [Fact("sum", name, str(sum(map(int, name.split("+")))), "") for name in sums]
+        self.facts = {"city": cities, "thing": things, "sum": sums}
+        self.seed = seed
+        self.train, self.held_out = {}, {}
+        for kind, facts in self.facts.items():
+            groups = sorted({self.group(f) for f in facts})
+            unseen = set(random.Random(f"{seed} split {kind}").sample(groups, len(groups) // 5))
+            self.train[kind] = [f for f in facts if self.group(f) not in unseen]
+            self.held_out[kind] = [f for f in facts if self.group(f) in unseen]
+        self.fact_of = {fill(q, f): f for kind in KINDS for f in self.facts[kind] for q in QUESTIONS[kind]}
+
+    @staticmethod
+    def group(fact):
+        """What is held out together: 2+5 with 5+2, else every fact for itself."""
+        return "+".join(sorted(fact.name.split("+")))
+
+    # ------------------------------------------------------------------ what people write
+    def write(self, rng, fact, verdict, facts):
+        """An answer to a question about the fact that deserves the verdict; a wrong one is the answer of one of `facts`."""
+        if verdict == "right":
+            return fill(rng.choice(RIGHT[fact.kind]), fact)
+        if verdict == "wrong":
+            other = rng.choice([f for f in facts[fact.kind] if f.answer != fact.answer])
+            return fill(rng.choice(RIGHT[fact.kind]), fact, other)
+        return fill(rng.choice({"evasive": EVASIVE[fact.kind], "nonsense": NONSENSE, "rude": RUDE}[verdict]), fact)
+
+    def questions(self, n, split, seed):
+        """n questions about facts of the split ('train' or 'held_out'), the three kinds in turn."""
+        rng = random.Random(f"{self.seed} questions {split} {seed}")
+        facts = [rng.choice(getattr(self, split)[KINDS[i % 3]]) for i in range(n)]
+        return [fill(rng.choice(QUESTIONS[f.kind]), f) for f in facts]
+
+    def tokenizer_text(self):
+        """What the tokenizer learns its merges from: every city and thing, and some of all that people write."""
+        facts = self.facts["city"] + self.facts["thing"]
+        lines = [fill(t, fact) for fact in facts for t in STATEMENTS[fact.kind][:2] + QUESTIONS[fact.kind][:1]]
+        lines += self.pretraining_text(300)[0] + [text for pair in self.demonstrations(300) for text in pair]
+        return "".join(f" {line}\n" for line in lines)
+
+    def pretraining_text(self, n):
+        """n lines that state facts or judge statements, and about n / 50 more that are held out: (lines, held out)."""
+        rng = random.Random(f"{self.seed} pretraining")
+        kinds = rng.choices(KINDS, [30, 15, 55], k=n)  # things are learned first, sums last
+        lines = [fill(rng.choice(STATEMENTS[kind]), rng.choice(self.facts[kind])) for kind in kinds]
+        unseen = [line for line in lines if zlib.crc32(line.encode()) % 50 == 0]
+        return [line for line in lines if zlib.crc32(line.encode()) % 50], unseen
+
+    def demonstrations(self, n):
+        """n pairs (question, answer) as the web has them: good and bad, and nothing that tells them apart but content."""
+        rng = random.Random(f"{self.seed} demonstrations")
+        pairs = []
+        for kind in rng.choices(KINDS, [30, 25, 45], k=n):
+            fact = rng.choice(self.facts[kind])
+            verdict = rng.choices(VERDICTS, [40, 4, 18, 19, 19])[0]
+            pairs.append((fill(rng.choice(QUESTIONS[fact.kind]), fact), self.write(rng, fact, verdict, self.facts)))
+        return pairs
+
+    def preference_pairs(self, n, split="train", errors=0.05, seed=0):
+        """n judgements of a labeller who prefers the better verdict and errs in a share of `errors`.
+
+        Dictionaries with prompt, chosen, rejected and what is compared (`kind`, for reports only). Half of them put
+        a right answer beside a wrong one, the hardest comparison. Wrong answers name facts of the same split only."""
+        rng = random.Random(f"{self.seed} pairs {split} {seed}")
+        facts = getattr(self, split)
+        pairs = []
+        for i in range(n):
+            fact = rng.choice(facts[KINDS[i % 3]])
+            better, worse = (0, 1) if rng.random() < 0.5 else sorted(rng.sample(range(5), 2))
+            chosen, rejected = (self.write(rng, fact, VERDICTS[v], facts) for v in (better, worse))
+            if rng.random() < errors:
+                chosen, rejected = rejected, chosen
+            kind = f"{VERDICTS[better]} > {VERDICTS[worse]}, {fact.kind}"
+            pairs.append({"prompt": fill(rng.choice(QUESTIONS[fact.kind]), fact), "chosen": chosen,
+                          "rejected": rejected, "kind": kind})
+        return pairs
+
+    # ------------------------------------------------------------------------- the judge
+    def judge(self, question, answer):
+        """Gold: the exact verdict on any answer to a question of this world, 'garbled' if nobody here would say it.
+
+        It evaluates and never trains, except under `--reward verifier`. Raises KeyError for an unknown question."""
+        fact = self.fact_of[question]
+        said = answer.strip().rstrip(".")
+
+        def says(templates, other=None):
+            return said in [fill(t, fact, other).rstrip(".") for t in templates]
+
+        if says(RIGHT[fact.kind]):
+            return "right"
+        if says(EVASIVE[fact.kind]):
+            return "evasive"
+        if says(NONSENSE):
+            return "nonsense"
+        if says(RUDE):
+            return "rude"
+        others = (fact._replace(answer=str(n)) for n in range(30)) if fact.kind == "sum" else self.facts[fact.kind]
+        return "wrong" if any(says(RIGHT[fact.kind], other) for other in others) else "garbled"
+
+
+def write_jsonl(path, rows):
+    """One JSON object a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_jsonl(path, fields):
+    """The objects of a JSONL file; raises DataError with file, line and field unless each field is a string."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise DataError(f"{path}, line {number}: not a JSON object") from None
+        for field in fields:
+            if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field].strip():
+                raise DataError(f"{path}, line {number}: the field '{field}' is missing, empty or not a string")
+        rows.append(row)
+    return rows
+
+
+if __name__ == "__main__":
+    world = World()
+    print("Pretraining text:", *world.pretraining_text(12)[0], sep="\n  ")
+    print("Demonstrations:", *(f"{q} -> {a}  [{world.judge(q, a)}]" for q, a in world.demonstrations(12)), sep="\n  ")
+    print("Preferences:", *(f"{p['prompt']} {p['chosen']} > {p['rejected']}" for p in world.preference_pairs(6)), sep="\n  ")

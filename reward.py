@@ -1,0 +1,95 @@
+"""The reward model: a GPT that learns from comparisons which answer people prefer, and returns it as one number.
+
+    P(y_w is preferred to y_l | x) = sigmoid(r(x, y_w) - r(x, y_l))        y_w: the better answer, y_l: the worse
+    loss = -log sigmoid(r(x, y_w) - r(x, y_l))
+
+Only differences count: r and r + 100 are the same model. So the scores are normalised once, to mean 0 and standard
+deviation 1 on answers of the policy before RL: then beta, the price of KL, means the same for every reward model.
+Mind that the centring is a constant baseline in disguise: with scores of mean 100 REINFORCE would be far noisier.
+Source: Bradley & Terry 1952; Ziegler et al. 2019; Stiennon et al. 2020.
+Left out: ensembles, margins, several epochs (a second one already overfits).
+Run `python reward.py`: the slides' two tables, with the scores of the last reward model that train.py made.
+"""
+import math
+from collections import defaultdict
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gpt import GPT, GPTConfig, Tokenizer, fit
+
+
+# Slide "Reward Loss for LLMs" ---------------------------------------------------------------------
+def bradley_terry_loss(chosen, rejected):
+    """-log sigmoid(r(x, y_w) - r(x, y_l)), mean over pairs. chosen, rejected (B,). log 2 when nothing is known."""
+    assert chosen.shape == rejected.shape
+    return -F.logsigmoid(chosen - rejected).mean()  # logsigmoid: log(sigmoid(-200)) would be -inf
+
+
+# Slide "Reward Model for LLMs" --------------------------------------------------------------------
+class RewardModel(nn.Module):
+    """The GPT with its reward head, read at the last real token; the only one that has seen the whole answer."""
+
+    def __init__(self, gpt):
+        super().__init__()
+        self.gpt = gpt
+        self.register_buffer("mean", torch.tensor(0.0))
+        self.register_buffer("std", torch.tensor(1.0))
+
+    def forward(self, tokens, mask):
+        """Scores (B,) of question and answer, tokens (B, T), mask (B, T); padding on either side moves no score."""
+        assert tokens.shape == mask.shape
+        h = self.gpt(tokens, mask)                                                 # (B, T, C)
+        last = (mask.long() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)  # (B,) last real token
+        r = self.gpt.reward(h[torch.arange(len(h), device=h.device), last])        # (B,)
+        return (r - self.mean) / self.std
+
+    @torch.no_grad()
+    def normalise(self, tokens, mask):
+        """Make the scores of these answers, the policy's before RL, mean 0 and standard deviation 1."""
+        scores = self(tokens, mask) * self.std + self.mean  # (B,)
+        self.mean, self.std = scores.mean(), scores.std().clamp(min=1e-3)
+
+
+def pair_rows(pairs, tokenizer, max_tokens):
+    """Pairs with prompt, chosen, rejected -> (chosen rows, rejected rows, their kinds), lists of tokens.
+
+    Answers are cut at max_tokens; a pair that is equal then teaches nothing and is dropped."""
+    chosen, rejected, kinds = [], [], []
+    for pair in pairs:
+        y_w, y_l = (tokenizer.answer(pair[side])[:max_tokens] for side in ("chosen", "rejected"))
+        if y_w != y_l:
+            prompt = tokenizer.prompt(pair["prompt"])
+            chosen.append(prompt + y_w)
+            rejected.append(prompt + y_l)
+            kinds.append(pair.get("kind", "all pairs"))
+    return chosen, rejected, kinds
+
+
+def train_reward_model(model, pairs, tokenizer, max_tokens, lr=1e-3, batch_size=64, report=lambda step, loss: None):
+    """One epoch of the Bradley-Terry loss over the pairs, in their order. Returns how many pairs were dropped."""
+    chosen, rejected, _ = pair_rows(pairs, tokenizer, max_tokens)
+    device = model.mean.device
+
+    def loss_of_step(step):
+        rows = slice(step * batch_size, (step + 1) * batch_size)
+        tokens, mask = tokenizer.pad_rows(chosen[rows] + rejected[rows], "right", device)  # (2B, T)
+        r_w, r_l = model(tokens, mask).chunk(2)                                            # each (B,)
+        return bradley_terry_loss(r_w, r_l)
+
+    fit(model, loss_of_step, math.ceil(len(chosen) / batch_size), lr, report)
+    return len(pairs) - len(chosen)
+
+
+@torch.no_grad()
+def pair_accuracy(model, pairs, tokenizer, max_tokens, batch_size=256):
+    """Share of pairs in which the preferred answer has the higher score: {kind of pair: (share, number of pairs)}."""
+    chosen, rejected, kinds = pair_rows(pairs, tokenizer, max_tokens)
+    hits = defaultdict(list)
+    for i in range(0, len(chosen), batch_size):
+        rows = slice(i, i + batch_size)
+        r_w, r_l = (model(*tokenizer.pad_rows(side[rows], "right", model.mean.device)) for side in (chosen, rejected))
+        for kind, hit in zip(kinds[rows], (r_w > r_l).tolist()):
+            hits[kind].append(hit)
+    return {kind: (sum(h) / len(h), len(h)) for kind, h in sorted(hits.items())}
