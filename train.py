@@ -1,0 +1,580 @@
+"""From text to a policy trained with reinforcement learning, and every algorithm of the lecture by one flag.
+
+    python train.py --algo reinforce         the language model: pretraining, SFT, reward model, RL
+    python train.py --algo ppo-kl            the stages before RL are reused, only the algorithm changes
+    python train.py --env gridworld          the cat, through the same loop
+
+The loop is the slide "Recap: REINFORCE" and never changes. The algorithms are rows of one table, LADDER; each row
+differs from the row above it in one column. A world (language or grid) offers what the loop needs:
+    world.sample(policy, B, group) -> trajectories: tensors with a first dimension of B, and a summary of them
+    world.logits_and_values(policy, trajectories) -> (B, T, V), (B, T)
+Left out: several GPUs, learning-rate schedules in RL, early stopping. They change nothing in the formulas.
+"""
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait should sleep: 30 times faster on a busy laptop
+
+import argparse
+import base64
+import copy
+import csv
+import hashlib
+import inspect
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import torch
+
+from data.world import KINDS, VERDICTS, DataError, World, read_jsonl, write_jsonl
+from gae import discounted_return, gae, grpo_advantage, reward_to_go, rloo_advantage
+from gpt import GPT, GPTConfig, Tokenizer, fit, generate, language_model_loss, train_tokenizer
+from gridworld import GridWorld
+from ppo import (adapt_beta, average, clipped_loss, entropy, explained_variance, full_kl, importance_loss, kl_estimate,
+                 log_probs, penalised_rewards, policy_gradient_loss, ppo_loss, score_at_end, value_loss, whiten)
+from reward import RewardModel, pair_accuracy, train_reward_model
+
+
+# ---------------------------------------------------------------------------- the ladder, as data
+class Algorithm(NamedTuple):
+    weight: str            # what multiplies each log-prob
+    loss: str
+    epochs: int            # passes over one batch of trajectories; one epoch is one step on the whole batch
+    kl: str = "none"       # where the KL to the frozen reference goes
+    kl_target: Optional[float] = None  # nats a trajectory to which beta is steered; None: beta is fixed
+    kl_estimator: str = "k1"
+    group: int = 1         # answers to one prompt
+    over: str = "trajectory"  # what a loss is averaged over
+
+
+SEVERAL = 4
+LADDER = {
+    #                            weight          loss               epochs   KL        its target
+    "reinforce":       Algorithm("return",       "policy-gradient", 1,       "none",   None),
+    "reward-to-go":    Algorithm("reward-to-go", "policy-gradient", 1,       "none",   None),
+    "baseline":        Algorithm("baseline",     "policy-gradient", 1,       "none",   None),
+    "gae":             Algorithm("gae",          "policy-gradient", 1,       "none",   None),
+    "off-policy":      Algorithm("gae",          "policy-gradient", SEVERAL, "none",   None),
+    "importance":      Algorithm("gae",          "importance",      SEVERAL, "none",   None),
+    "ppo":             Algorithm("gae",          "clipped",         SEVERAL, "none",   None),
+    "ppo-kl":          Algorithm("gae",          "clipped",         SEVERAL, "reward", None),
+    "ppo-adaptive-kl": Algorithm("gae",          "clipped",         SEVERAL, "reward", 6.0),
+    # past the slides, as in their papers
+    "rloo":            Algorithm("rloo",         "policy-gradient", 1,       "reward", None, "k1", 4),
+    "grpo":            Algorithm("grpo",         "clipped",         SEVERAL, "loss",   None, "k3", 4, "answer"),
+}
+WEIGHTS = {  # rewards r, values V, mask m, value after the last step v, the flags a -> (B, T)
+    "return": lambda r, V, m, v, a: discounted_return(r, m, a.gamma)[:, None].expand_as(r),
+    "reward-to-go": lambda r, V, m, v, a: reward_to_go(r, m, a.gamma),
+    "baseline": lambda r, V, m, v, a: reward_to_go(r, m, a.gamma, v) - V,
+    "gae": lambda r, V, m, v, a: gae(r, V, m, a.gamma, a.lam, v),
+    "rloo": lambda r, V, m, v, a: rloo_advantage(discounted_return(r, m, a.gamma), a.group)[:, None].expand_as(r),
+    "grpo": lambda r, V, m, v, a: grpo_advantage(discounted_return(r, m, a.gamma), a.group)[:, None].expand_as(r),
+}
+USES_VALUES = ("baseline", "gae")
+LOSSES = {  # logp (B, T), the trajectories b, the flags a -> scalar
+    "policy-gradient": lambda logp, b, a: policy_gradient_loss(logp, b["weight"], b["mask"], a.average),
+    "importance": lambda logp, b, a: importance_loss(logp, b["logp_old"], b["weight"], b["mask"], a.average),
+    "clipped": lambda logp, b, a: clipped_loss(logp, b["logp_old"], b["weight"], b["mask"], a.clip, a.average),
+}
+
+
+# ---------------------------------------------------------------------------------- the RL loop
+def reinforce(world, policy, args, report):
+    """Slide "Recap: REINFORCE". Trains `policy` in place; calls report(step, metrics) after every batch.
+
+    Raises FloatingPointError when the loss or its gradient is no longer a number; the policy is the last good one."""
+    # 1. Initialize the network that parametrizes the agent: `policy`, and a frozen copy of it
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr, eps=1e-5)
+    shuffle = torch.Generator().manual_seed(args.seed)
+    c1 = args.vf_coef if args.weight in USES_VALUES else 0.0
+    beta = args.beta
+    for step in range(args.steps):
+        # 2. Sample a number of trajectories and rewards with the current network
+        batch, summary = world.sample(policy, args.batch_size, args.group)
+        actions, mask, values, logp_old = (batch[k] for k in ("actions", "mask", "values", "logp_old"))  # each (B, T)
+        with torch.no_grad():
+            logp_ref = log_probs(world.logits_and_values(reference, batch)[0], actions)                  # (B, T)
+        rewards = batch["rewards"]                                                                       # (B, T)
+        if args.kl == "reward":
+            rewards = penalised_rewards(rewards, logp_old, logp_ref, mask, beta, args.kl_estimator)
+        weight = WEIGHTS[args.weight](rewards, values, mask, batch["last_value"], args)                  # (B, T)
+        target = weight + values        # what V should have been: the reward-to-go, or GAE's version of it   (B, T)
+        batch |= {"logp_ref": logp_ref, "weight": whiten(weight, mask) if args.whiten else weight, "target": target}
+
+        track = []
+        for epoch in range(args.epochs):
+            for rows in torch.randperm(args.batch_size, generator=shuffle).chunk(args.minibatches):
+                part = {name: x[rows.to(x.device)] for name, x in batch.items()}
+
+                # 3. Use the samples to approximate the policy gradient
+                logits, V = world.logits_and_values(policy, part)           # (b, T, V), (b, T)
+                logp = log_probs(logits, part["actions"])                   # (b, T)
+                H = entropy(logits)                                         # (b, T)
+                loss = ppo_loss(LOSSES[args.loss](logp, part, args),
+                                value_loss(V, part["target"], part["mask"], args.average),
+                                average(H, part["mask"], args.average), c1, args.entropy_coef)
+                if args.kl == "loss":
+                    kl = kl_estimate(logp, part["logp_ref"], args.kl_estimator)                      # (b, T)
+                    loss = loss + beta * average(kl, part["mask"], args.average)
+                elif args.kl == "full":
+                    with torch.no_grad():
+                        logits_ref, _ = world.logits_and_values(reference, part)                     # (b, T, V)
+                    loss = loss + beta * average(full_kl(logits, logits_ref), part["mask"], args.average)
+
+                # 4. Run stochastic gradient ascent on the return: descent on its negative
+                optimizer.zero_grad()
+                loss.backward()
+                norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+                if not torch.isfinite(loss + norm):
+                    raise FloatingPointError(f"step {step}: the loss is {loss.item()}, its gradient {norm.item()}; "
+                                             f"likely the learning rate {args.lr} is too high")
+                optimizer.step()
+                ratio = (logp - part["logp_old"]).exp()                     # (b, T)
+                outside = ((ratio - 1).abs() > args.clip).float()           # (b, T)
+                track.append(torch.stack([average(x.detach(), part["mask"], "token") for x in (H, outside)]))
+
+        kl = average(logp_old - logp_ref, mask).item()  # k1, nats a trajectory: a sum over its steps, so mean over rows
+        H, clip_fraction = torch.stack(track).mean(0).tolist()
+        report(step, summary | {"kl": kl, "entropy": H, "clip_fraction": clip_fraction, "beta": beta,
+                                "explained_variance": explained_variance(values, target, mask).item()})
+        if args.kl_target is not None:
+            beta = adapt_beta(beta, kl, args.kl_target, args.batch_size, horizon=500)
+        # 5. Go back to 2.
+
+
+# ------------------------------------------------------------------------------ the language world
+MAX_NEW_TOKENS = 20  # longest answer; the longest right one has 19
+UNFINISHED = -2.0    # score of an answer that the limit cut off: two standard deviations below the answers before RL
+
+
+class Chat:
+    """Questions in, sampled answers out, one score at the end of each: the slide "RL Setting for LLMs"."""
+
+    def __init__(self, world, tokenizer, reward_model, args):
+        self.world, self.tokenizer, self.reward_model = world, tokenizer, reward_model
+        self.temperature, self.device = args.temperature, args.device
+        self.verifier = args.reward == "verifier"
+        self.reseed(args.seed)
+
+    def reseed(self, seed):
+        """The same questions and the same sampling noise again."""
+        self.batches, self.seed = 0, seed
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+
+    def sample(self, policy, B, group=1):
+        """B trajectories on training questions, `group` answers to each."""
+        self.batches += 1
+        questions = self.world.questions(B // group, "train", f"{self.seed} {self.batches}")
+        batch, answers = self.answer(policy, [q for q in questions for _ in range(group)])
+        return batch, {"reward": average(batch["rewards"], batch["mask"]).item(),
+                       "gold": sum(a["verdict"] == "right" for a in answers) / B,
+                       "length": batch["mask"].sum(1).float().mean().item(),
+                       "finished": sum(a["finished"] for a in answers) / B}
+
+    def answer(self, policy, questions):
+        """One sampled answer to each question: the trajectories, and [{question, answer, finished, verdict, score}]."""
+        tokenizer = self.tokenizer
+        rows = [tokenizer.prompt(q) for q in questions]
+        prompt, prompt_mask = tokenizer.pad_rows(rows, "left", self.device)                  # (B, P), (B, P)
+        tokens, mask, logp, values = generate(policy, prompt, prompt_mask, MAX_NEW_TOKENS, tokenizer.end,
+                                              self.temperature, self.generator)              # (B, T) each
+        finished = (tokens == tokenizer.end).any(1)                                          # (B,)
+        texts = [tokenizer.decode(row) for row in tokens.tolist()]
+        verdicts = [self.world.judge(q, a) for q, a in zip(questions, texts)]
+        if self.verifier:
+            score = torch.tensor([float(v == "right") for v in verdicts], device=self.device)  # (B,)
+        else:
+            with torch.no_grad():
+                score = self.reward_model(torch.cat((prompt, tokens), 1), torch.cat((prompt_mask, mask), 1))  # (B,)
+            score = torch.where(finished, score, UNFINISHED)
+        batch = {"prompt": prompt, "prompt_mask": prompt_mask, "mask": mask, "logp_old": logp, "values": values,
+                 "actions": tokens.masked_fill(~mask, 0), "rewards": score_at_end(score, mask),
+                 "last_value": torch.zeros_like(score)}  # an answer's end is an end: no value after it
+        facts = zip(questions, texts, finished.tolist(), verdicts, score.tolist())
+        return batch, [dict(zip(("question", "answer", "finished", "verdict", "score"), fact)) for fact in facts]
+
+    def logits_and_values(self, policy, batch):
+        """The policy's logits (B, T, V) and values (B, T) in the state before each action of the trajectories."""
+        P = batch["prompt"].shape[1]
+        h = policy(torch.cat((batch["prompt"], batch["actions"]), 1), torch.cat((batch["prompt_mask"], batch["mask"]), 1))
+        h = h[:, P - 1:-1]  # shifted by one: the hidden state at t - 1 chose token t              (B, T, C)
+        return policy.logits(h) / self.temperature, policy.value(h)
+
+
+# ------------------------------------------------------------------------------ the stages before RL
+DATA = Path(__file__).parent / "data"
+CONTEXT = 64  # tokens a row in pretraining, and the model's longest sequence
+
+
+def progress(name, steps):
+    """A report(step, loss) that keeps one line up to date: where it is, the loss, what is left."""
+    start = time.time()
+
+    def report(step, loss):
+        if sys.stderr.isatty() and (step % 10 == 9 or step + 1 == steps):
+            left = (time.time() - start) / (step + 1) * (steps - step - 1)
+            end = "\n" if step + 1 == steps else ""
+            print(f"\r  {name} {step + 1}/{steps}, loss {loss:.3f}, {left:.0f} s left   ", end=end, file=sys.stderr)
+    return report
+
+
+def load_tokenizer(world):
+    """The tokenizer of data/tokenizer.bpe: a token in base64 and its rank on each line. Trained if it is not there."""
+    path = DATA / "tokenizer.bpe"
+    if not path.exists():
+        print("tokenizer: training it takes a minute")
+        ranks = train_tokenizer(world.tokenizer_text(), vocab_size=1536)
+        lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
+        write_beside(path, lambda temporary: temporary.write_text("".join(lines)))
+    try:
+        rows = [line.split() for line in path.read_text().splitlines()]
+        return Tokenizer({base64.b64decode(token): int(rank) for token, rank in rows})
+    except ValueError as e:
+        raise DataError(f"{path} is damaged ({e}): delete it, and it is trained again") from None
+
+
+def pretrain(model, tokenizer, lines, seed, steps=700, batch_size=16, lr=4e-3):
+    """Slide "RL for LLMs": cross-entropy on every token of the text, cut into windows anywhere."""
+    stream = torch.tensor([t for line in lines for t in tokenizer.encode(line) + [tokenizer.end]])  # (N,)
+    pick = torch.Generator().manual_seed(seed)
+    device = model.wte.weight.device
+
+    def loss_of_step(step):
+        starts = torch.randint(len(stream) - CONTEXT, (batch_size, 1), generator=pick)     # (B, 1)
+        tokens = stream[starts + torch.arange(CONTEXT)].to(device)                         # (B, T)
+        return language_model_loss(model, tokens, torch.ones_like(tokens, dtype=torch.bool))
+
+    fit(model, loss_of_step, steps, lr, progress("pretraining", steps))
+
+
+def finetune(model, tokenizer, demonstrations, lines, batch_size=32, lr=2e-3):
+    """Supervised fine-tuning: cross-entropy on the answer's tokens; the question is read, not learned.
+
+    To every four demonstrations comes one line of pretraining text, or the model would forget how to read it."""
+    rows = [(tokenizer.prompt(question), tokenizer.answer(answer)) for question, answer in demonstrations]
+    text = [([tokenizer.end], tokenizer.answer(line)) for line in lines]
+    device = model.wte.weight.device
+    steps = len(rows) // batch_size
+
+    def loss_of_step(step):
+        chunk = rows[step * batch_size:(step + 1) * batch_size] + text[step * batch_size // 4:(step + 1) * batch_size // 4]
+        tokens, mask = tokenizer.pad_rows([given + said for given, said in chunk], "right", device)      # (B, T)
+        start = torch.tensor([len(given) for given, _ in chunk], device=device)[:, None]                 # (B, 1)
+        return language_model_loss(model, tokens, mask & (torch.arange(mask.shape[1], device=device) >= start))
+
+    fit(model, loss_of_step, steps, lr, progress("SFT", steps))
+
+
+@torch.no_grad()
+def text_loss(model, tokenizer, lines):
+    """Language-model loss in nats a token on lines of text, each read after an end token as in pretraining."""
+    rows = [[tokenizer.end] + tokenizer.encode(line) + [tokenizer.end] for line in lines]
+    return language_model_loss(model, *tokenizer.pad_rows(rows, "right", model.wte.weight.device)).item()
+
+
+def write_beside(path, write):
+    """Write a file beside its place and rename it, so that nobody ever finds half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+class Stages:
+    """Results of the stages before RL, in files named by a hash of all that determines them: settings, code, data,
+    and the stages before."""
+
+    def __init__(self, folder, sources, settings):
+        self.folder = folder
+        self.key = hashlib.sha256(repr([p.read_bytes() for p in sources] + settings).encode()).hexdigest()
+
+    def run(self, name, make, *sources):
+        """make() -> what torch.save can write; or what an equal stage made before."""
+        code = [inspect.getsource(f) for f in (make, *sources)]
+        self.key = hashlib.sha256((self.key + name + "".join(code)).encode()).hexdigest()
+        path = self.folder / f"{name}-{self.key[:12]}.pt"
+        if path.exists():
+            print(f"{name:<13} reused from {path}")
+        else:
+            start = time.time()
+            result = make()
+            write_beside(path, lambda temporary: torch.save(result, temporary))
+            print(f"{name:<13} made in {time.time() - start:.0f} s, kept in {path}")
+        try:
+            return torch.load(path, weights_only=True)
+        except Exception as e:
+            raise DataError(f"{path} is damaged ({type(e).__name__}): delete it, and the stage runs again") from None
+
+
+def prepare_chat(args):
+    """Tokenizer -> pretraining -> SFT -> preference pairs -> reward model. Returns the Chat and the SFT policy."""
+    world = World(args.seed)
+    tokenizer = load_tokenizer(world)
+    longest = max(world.fact_of, key=lambda q: len(tokenizer.prompt(q)))
+    if len(tokenizer.prompt(longest)) + MAX_NEW_TOKENS > CONTEXT:
+        raise DataError(f"the question '{longest}' has {len(tokenizer.prompt(longest))} tokens, more than the "
+                        f"{CONTEXT - MAX_NEW_TOKENS} that fit: shorten its entry in {DATA}")
+    lines, held_out_lines = world.pretraining_text(30_000)
+    folder = args.out / "stages"
+    sources = [Path(__file__).parent / "gpt.py", *sorted(DATA.glob("*.txt")), DATA / "tokenizer.bpe", DATA / "world.py"]
+    stages = Stages(folder, sources, [args.seed, args.device, torch.__version__])
+    torch.manual_seed(args.seed)
+    model = GPT(GPTConfig(tokenizer.vocab_size, CONTEXT, n_layer=2)).to(args.device)
+
+    def make_pretrained():
+        pretrain(model, tokenizer, lines, args.seed)
+        return model.state_dict()
+
+    def make_sft():
+        finetune(model, tokenizer, world.demonstrations(16_000), lines)
+        return model.state_dict()
+
+    def make_reward():
+        pairs_file = folder / f"pairs-{args.seed}.jsonl"
+        write_beside(pairs_file, lambda temporary: write_jsonl(temporary, world.preference_pairs(4000)))
+        pairs = read_jsonl(pairs_file, ["prompt", "chosen", "rejected"])
+        judge = RewardModel(copy.deepcopy(model))
+        dropped = train_reward_model(judge, pairs, tokenizer, MAX_NEW_TOKENS, report=progress("reward model", 63))
+        print(f"  {len(pairs)} pairs in {pairs_file}, {dropped} dropped: equal once they are cut")
+        accuracy = {split: pair_accuracy(judge, world.preference_pairs(2000, split, errors=0.0, seed=1), tokenizer,
+                                         MAX_NEW_TOKENS) for split in ("train", "held_out")}
+        return {"model": judge.state_dict(), "accuracy": accuracy}
+
+    model.load_state_dict(stages.run("pretraining", make_pretrained, pretrain))
+    model.load_state_dict(stages.run("sft", make_sft, finetune))
+    judge = RewardModel(copy.deepcopy(model))
+    saved = stages.run("reward", make_reward)
+    judge.load_state_dict(saved["model"])
+    show_accuracy(saved["accuracy"])
+    return Chat(world, tokenizer, judge.requires_grad_(False), args), model, held_out_lines
+
+
+def show_accuracy(accuracy):
+    """Table: share of held-out pairs that the reward model orders as the labeller would, errors aside."""
+    print("  reward model, share of fresh pairs in the labeller's true order    facts seen in pairs   facts held out")
+    train, held_out = accuracy["train"], accuracy["held_out"]
+    groups = {"all pairs": ""} | {f"right > wrong, {kind}": f"right > wrong, {kind}" for kind in KINDS}
+    for name, start in groups.items():
+        shares = []
+        for rows in (train, held_out):
+            picked = [row for kind, row in rows.items() if kind.startswith(start)]
+            shares.append(sum(share * n for share, n in picked) / sum(n for _, n in picked))
+        print(f"  {name:<63}{shares[0]:>15.1%}{shares[1]:>17.1%}")
+
+
+# ---------------------------------------------------------------------------------- what came of it
+def evaluate(chat, policy, held_out_lines, n=300):
+    """Gold and verdicts of n sampled answers on training and on held-out questions, and the language-model loss."""
+    result = {"text_loss": text_loss(policy, chat.tokenizer, held_out_lines)}
+    for split in ("train", "held_out"):
+        chat.reseed(12345)  # the same questions and sampling noise for every policy, whatever was trained
+        questions = chat.world.questions(n, split, "evaluation")
+        answers = [a for i in range(0, n, 100) for a in chat.answer(policy, questions[i:i + 100])[1]]
+        kinds = [chat.world.fact_of[a["question"]].kind for a in answers]
+        share = {kind: [a["verdict"] == "right" for a, k in zip(answers, kinds) if k == kind] for kind in KINDS}
+        result[split] = {"gold": sum(a["verdict"] == "right" for a in answers) / n,
+                         "score": sum(a["score"] for a in answers) / n}
+        result[split] |= {kind: sum(hits) / len(hits) for kind, hits in share.items()}
+        result[split] |= {v: sum(a["verdict"] == v for a in answers) / n for v in VERDICTS + ["garbled"]}
+    return result
+
+
+def show_evaluation(before, after):
+    """Table: the evaluation of the SFT policy beside that of the trained one."""
+    print("\n                        training questions     held-out questions")
+    print("                          SFT       RL           SFT       RL")
+    rows = {"gold, all kinds": "gold"} | {f"gold, {kind}": kind for kind in KINDS}
+    rows |= {f"answers {v}": v for v in VERDICTS[1:] + ["garbled"]}
+    for name, key in rows.items():
+        cells = [f"{result[split][key]:8.1%}" for split in ("train", "held_out") for result in (before, after)]
+        print(f"{name:<22}{cells[0]} {cells[1]}      {cells[2]} {cells[3]}")
+    print(f"loss on held-out text, nats a token: {before['text_loss']:.2f} before RL, {after['text_loss']:.2f} after")
+
+
+def samples(chat, before, after, n=8):
+    """n held-out questions answered by the SFT policy and by the trained one, with scores, as text."""
+    questions = chat.world.questions(n, "held_out", "samples")
+    chat.reseed(0)
+    old = chat.answer(before, questions)[1]
+    chat.reseed(0)
+    new = chat.answer(after, questions)[1]
+    lines = []
+    for a, b in zip(old, new):
+        lines.append(a["question"])
+        lines += [f"  {name} {x['score']:6.2f}  {x['answer']}  [{x['verdict']}]" for name, x in (("SFT", a), ("RL ", b))]
+    return "\n".join(lines) + "\n"
+
+
+COLUMNS = {  # of metrics.csv and the log: what they mean, width, format
+    "step": ("", 4, "d"),
+    "reward": ("mean score of the sampled answers (grid: return), what RL maximises; up is good unless gold falls", 7, ".3f"),
+    "gold": ("share of answers that the judge finds right (grid: share of the best return possible); up is good", 6, ".3f"),
+    "kl": ("nats between this policy and the frozen one, per answer; how far RL has gone", 7, ".2f"),
+    "entropy": ("nats per token; 0 means that the policy always says the same", 7, ".3f"),
+    "length": ("tokens per answer", 6, ".1f"),
+    "finished": ("share of answers that end by themselves before the limit", 8, ".3f"),
+    "clip_fraction": ("share of tokens whose probability ratio left 1 +- clip during the updates", 13, ".3f"),
+    "explained_variance": ("1: V predicts the value target perfectly, 0: no better than a constant", 18, ".3f"),
+}
+
+
+def run_rl(world, policy, args, folder):
+    """The RL loop with its log, its metrics.csv and, whatever happens, its last good policy."""
+    print("\n" + " ".join(f"{name:>{width}}" for name, (_, width, _) in COLUMNS.items()) + "  seconds left")
+    start = time.time()
+    rows = []
+
+    def report(step, metrics):
+        metrics = {"step": step, "samples": (step + 1) * args.batch_size} | metrics | {"seconds": time.time() - start}
+        rows.append({k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()})
+        if step % max(1, args.steps // 12) == 0 or step + 1 == args.steps:
+            line = " ".join(f"{metrics[name]:>{width}{form}}" for name, (_, width, form) in COLUMNS.items())
+            print(f"{line}  {metrics['seconds'] / (step + 1) * (args.steps - step - 1):12.0f}", flush=True)
+
+    def write_metrics(path):
+        with open(path, "w", newline="") as f:
+            writer = csv.DictWriter(f, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+    try:
+        reinforce(world, policy, args, report)
+    finally:
+        write_beside(folder / "policy.pt", lambda path: torch.save(policy.state_dict(), path))
+        if rows:
+            write_beside(folder / "metrics.csv", write_metrics)
+    for name, (meaning, _, _) in COLUMNS.items():
+        if meaning:
+            print(f"  {name}: {meaning}")
+    print("  (A policy-gradient loss is not shown: only its gradient means anything.)")
+
+
+# --------------------------------------------------------------------------------- the command line
+PER_ENV = {  # flags whose default depends on the world
+    "language": {"gamma": 1.0, "steps": 60, "batch_size": 128, "lr": 1e-4, "beta": 0.1},
+    "gridworld": {"gamma": 0.99, "steps": 60, "batch_size": 64, "lr": 0.1, "beta": 0.1},
+}
+
+
+def parse(argv):
+    """Flags, with what they leave open filled in from the algorithm's row and the world."""
+    p = argparse.ArgumentParser(description="Train a policy with reinforcement learning; see README.md.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--algo", default="reinforce", choices=list(LADDER), help="row of the ladder")
+    p.add_argument("--env", default="language", choices=list(PER_ENV), help="what to train on")
+    p.add_argument("--reward", default="model", choices=["model", "verifier"],
+                   help="who scores an answer: the learned reward model, or the exact judge")
+    g = p.add_argument_group("columns of the ladder (default: the algorithm's)")
+    g.add_argument("--weight", choices=list(WEIGHTS), help="what multiplies each log-prob", default=argparse.SUPPRESS)
+    g.add_argument("--loss", choices=list(LOSSES), help="policy loss", default=argparse.SUPPRESS)
+    g.add_argument("--epochs", type=int, help="passes over each batch", default=argparse.SUPPRESS)
+    g.add_argument("--kl", choices=["none", "reward", "loss", "full"], default=argparse.SUPPRESS,
+                   help="KL to the frozen reference: in the reward, in the loss (estimated), or exact in the loss")
+    g.add_argument("--kl-target", type=float, help="nats a trajectory; adapts beta", default=argparse.SUPPRESS)
+    g.add_argument("--kl-estimator", choices=["k1", "k2", "k3"], help="see ppo.kl_estimate", default=argparse.SUPPRESS)
+    g.add_argument("--group", type=int, help="answers to one prompt", default=argparse.SUPPRESS)
+    g.add_argument("--average", choices=["trajectory", "token", "answer"], default=argparse.SUPPRESS,
+                   help="what losses are averaged over; the slides': trajectory")
+    g = p.add_argument_group("reinforcement learning")
+    g.add_argument("--steps", type=int, help="batches of trajectories (default: by world)", default=argparse.SUPPRESS)
+    g.add_argument("--batch-size", type=int, help="trajectories a batch (default: by world)", default=argparse.SUPPRESS)
+    g.add_argument("--minibatches", type=int, default=argparse.SUPPRESS,
+                   help="optimizer steps an epoch (default: 1 with one epoch, else 4)")
+    g.add_argument("--lr", type=float, help="Adam's learning rate (default: by algorithm)", default=argparse.SUPPRESS)
+    g.add_argument("--beta", type=float, help="price of a nat of KL (default: by world)", default=argparse.SUPPRESS)
+    g.add_argument("--gamma", type=float, help="discount (default: language 1, grid 0.99)", default=argparse.SUPPRESS)
+    g.add_argument("--lam", type=float, default=0.95, help="lambda of GAE")
+    g.add_argument("--clip", type=float, default=0.2, help="epsilon of the clipped loss")
+    g.add_argument("--vf-coef", type=float, default=0.1, help="c1, weight of the value loss")
+    g.add_argument("--entropy-coef", type=float, default=0.0, help="c2, weight of the entropy bonus")
+    g.add_argument("--temperature", type=float, default=1.0, help="of the policy, sampling and scoring alike")
+    g.add_argument("--whiten", action="store_true", help="whiten the weights of each batch (not on the slides)")
+    g = p.add_argument_group("run")
+    g.add_argument("--seed", type=int, default=0, help="of everything")
+    g.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
+    g.add_argument("--out", type=Path, default=Path("out"), help="folder of all results")
+    given = p.parse_args(argv)
+    row = LADDER[given.algo]
+    args = argparse.Namespace(**PER_ENV[given.env], **{k: v for k, v in row._asdict().items() if k != "over"}, average=row.over)
+    vars(args).update(vars(given))
+    if "minibatches" not in args:
+        args.minibatches = 1 if args.epochs == 1 else 4
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    problem = check(args)
+    if problem:
+        p.exit(2, f"train.py: {problem}\n")
+    return args
+
+
+def check(args):
+    """What is wrong with the flags, in one line, or None."""
+    for flag in ("steps", "batch_size", "epochs", "minibatches", "group", "lr", "temperature"):
+        if not getattr(args, flag) > 0 or math.isinf(getattr(args, flag)):
+            return f"--{flag.replace('_', '-')} must be a positive number, not {getattr(args, flag)}"
+    for flag in ("beta", "clip", "vf_coef", "entropy_coef"):
+        if not 0 <= getattr(args, flag) < math.inf:
+            return f"--{flag.replace('_', '-')} must be 0 or a positive number, not {getattr(args, flag)}"
+    for flag in ("gamma", "lam"):
+        if not 0 <= getattr(args, flag) <= 1:
+            return f"--{flag} must be between 0 and 1, not {getattr(args, flag)}"
+    if args.kl_target is not None and not 0 < args.kl_target < math.inf:
+        return f"--kl-target must be a positive number of nats, not {args.kl_target}"
+    for flag in ("minibatches", "group"):
+        if args.batch_size % getattr(args, flag):
+            return f"--batch-size {args.batch_size} does not divide by --{flag} {getattr(args, flag)}"
+    if args.weight in ("rloo", "grpo") and args.group < 2:
+        return f"--weight {args.weight} compares the answers to one prompt: --group must be at least 2"
+    if args.env == "gridworld" and args.reward == "verifier":
+        return "--reward verifier judges answers; the grid world has its own rewards"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        return "--device cuda: no CUDA device here; use --device cpu"
+    if args.device == "mps" and not torch.backends.mps.is_available():
+        return "--device mps: no Apple GPU here; use --device cpu"
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_beside(args.out / ".writable", lambda path: path.write_text(""))
+        (args.out / ".writable").unlink()
+    except OSError as e:
+        return f"--out {args.out} cannot be written ({e.strerror})"
+
+
+def main(argv=None):
+    """Run one algorithm from start to end. Returns the exit status: 2 for bad input, 1 for a run that diverged."""
+    args = parse(argv)
+    start = time.time()
+    folder = args.out / f"{args.env}-{args.algo}-{args.seed}"
+    try:
+        if args.env == "gridworld":
+            world = GridWorld(gamma=args.gamma, seed=args.seed, device=args.device)
+            policy = world.new_policy()
+            run_rl(world, policy, args, folder)
+        else:
+            chat, sft, held_out_lines = prepare_chat(args)
+            policy = copy.deepcopy(sft)
+            run_rl(chat, policy, args, folder)
+            before, after = (evaluate(chat, p, held_out_lines) for p in (sft, policy))
+            show_evaluation(before, after)
+            text = samples(chat, sft, policy)
+            print(f"\nHeld-out questions, before and after:\n{text}")
+            write_beside(folder / "samples.txt", lambda path: path.write_text(text))
+            write_beside(folder / "evaluation.json", lambda path: path.write_text(json.dumps({"sft": before, "rl": after}, indent=1)))
+    except DataError as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        return 2
+    except FloatingPointError as e:
+        print(f"train.py: {e}. The last good policy is in {folder}", file=sys.stderr)
+        return 1
+    config = json.dumps({k: str(v) if k == "out" else v for k, v in vars(args).items()}, indent=1)
+    write_beside(folder / "config.json", lambda path: path.write_text(config))
+    print(f"{time.time() - start:.0f} s in all; written to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
