@@ -78,7 +78,7 @@ def n_step_advantage(n, rewards, values, mask, gamma=1.0, last_value=None):
     r = rewards.masked_fill(~mask, 0)                                   # (B, T)
     t = torch.arange(T, device=r.device)                                # (T,)
     stop = torch.minimum(t + n, mask.sum(1, keepdim=True)).clamp(min=t)  # (B, T)  s_stop is the last state looked at
-    A = gamma ** (stop - t) * V.gather(1, stop) - V[:, :T]              # (B, T)
+    A = gamma ** (stop - t).to(V.dtype) * V.gather(1, stop) - V[:, :T]  # (B, T)
     for l in range(min(n, T)):
         A[:, :T - l] += gamma ** l * r[:, l:]
     return A.masked_fill(~mask, 0)

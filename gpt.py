@@ -172,9 +172,10 @@ def generate(model, prompt, prompt_mask, max_new_tokens, end, temperature=1.0, g
     h = model(prompt, prompt_mask, cache)[:, -1]            # (B, C), all prompts end in the last column
     for t in range(max_new_tokens):
         logp_all = F.log_softmax(model.logits(h) / temperature, -1)                           # (B, V)
-        # argmax(p / e) with e ~ Exponential(1) is a draw from p, and the GPU need not wait for the CPU
-        noise = torch.empty_like(logp_all).exponential_(generator=generator)                  # (B, V)
-        action = (logp_all.exp() / noise).argmax(-1)                                          # (B,)
+        # a draw from p: the first token at which the cumulative probability reaches a uniform random number
+        cdf = logp_all.exp().cumsum(-1)                                                       # (B, V)
+        u = (1 - torch.rand(B, 1, generator=generator, device=cdf.device)) * cdf[:, -1:]      # (B, 1), never 0
+        action = torch.searchsorted(cdf, u)[:, 0]                                             # (B,)
         tokens[:, t] = torch.where(alive, action, pad)
         logp[:, t] = logp_all.gather(-1, action[:, None])[:, 0] * alive
         values[:, t] = model.value(h) * alive
@@ -203,7 +204,7 @@ def fit(model, loss_of_step, steps, lr, report=lambda step, loss: None):
 
     Raises FloatingPointError when the loss is no longer a number.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * min((step + 1) / (0.05 * steps + 1), (steps - step) / (0.95 * steps))

@@ -27,8 +27,9 @@ class GridPolicy(nn.Module):
 class GridWorld:
     """The slides' grid for B cats at once. Cells are numbered y * k + x."""
 
-    def __init__(self, k=5, broom=(0, 1), bathtub=(3, 2), meat=(4, 4), gamma=0.99, limit=50, seed=0, device="cpu"):
-        self.k, self.gamma, self.limit, self.device = k, gamma, limit, device
+    def __init__(self, k=5, broom=(0, 1), bathtub=(3, 2), meat=(4, 4), gamma=0.99, limit=50, temperature=1.0,
+                 seed=0, device="cpu"):
+        self.k, self.gamma, self.limit, self.temperature, self.device = k, gamma, limit, temperature, device
         cell = torch.arange(k * k)                                                # (S,)
         xy = torch.stack((cell % k, cell // k), 1)                                # (S, 2)
         moved = (xy[:, None] + MOVES).clamp(0, k - 1)                             # (S, 4, 2), the wall holds
@@ -51,24 +52,25 @@ class GridWorld:
         """B trajectories of at most `limit` steps, in groups that start in the same cell: (tensors, summary)."""
         pick = torch.randint(len(self.starts), (B // group,), generator=self.generator, device=self.device)
         state = self.starts[pick].repeat_interleave(group)                        # (B,)
-        probs, values = policy.logits.detach().softmax(-1), policy.value.detach()  # (S, 4), (S,)
+        logp = (policy.logits.detach() / self.temperature).log_softmax(-1)        # (S, 4)
+        values = policy.value.detach()                                            # (S,)
         alive = torch.ones(B, dtype=torch.bool, device=self.device)               # (B,)
         columns = []
         while alive.any() and len(columns) < self.limit:
-            action = torch.multinomial(probs[state], 1, generator=self.generator)[:, 0]  # (B,)
+            action = torch.multinomial(logp[state].exp(), 1, generator=self.generator)[:, 0]  # (B,)
             columns.append((state, action, alive))
             state = self.next[state, action]                                      # (B,)
             alive = alive & (state != self.meat)
         states, actions, mask = (torch.stack(c, 1) for c in zip(*columns))        # (B, T) each
         batch = {"states": states, "actions": actions, "mask": mask, "values": values[states],
-                 "logp_old": probs.log()[states, actions], "rewards": self.reward[states, actions] * mask,
+                 "logp_old": logp[states, actions], "rewards": self.reward[states, actions] * mask,
                  "last_value": values[state] * alive}  # terminated: nothing comes after; truncated: V of the next state
         return batch, {"reward": batch["rewards"].sum(1).mean().item(), "gold": self.gold(policy),
                        "length": mask.sum(1).float().mean().item(), "finished": 1 - alive.float().mean().item()}
 
     def logits_and_values(self, policy, batch):
         """The policy's logits (B, T, 4) and values (B, T) in the states of the trajectories."""
-        return policy.logits[batch["states"]], policy.value[batch["states"]]
+        return policy.logits[batch["states"]] / self.temperature, policy.value[batch["states"]]
 
     # Exact values: the grid is small enough to solve -----------------------------------------------
     def optimal_values(self):
@@ -84,7 +86,7 @@ class GridWorld:
 
     def policy_values(self, policy):
         """V^pi (S,): the solution of V = r_pi + gamma P_pi V."""
-        probs = policy.logits.detach().softmax(-1)                                # (S, 4)
+        probs = (policy.logits.detach() / self.temperature).softmax(-1)           # (S, 4)
         S = len(probs)
         P = torch.zeros(S, S, device=self.device).scatter_add_(1, self.next, probs)   # (S, S), P[s, s']
         r = (probs * self.reward).sum(1)                                          # (S,)

@@ -50,7 +50,8 @@ def policy_gradient_loss(logp, weight, mask, over="trajectory"):
     logp, weight, mask (B, T). The weight (return, reward-to-go, advantage) is a number, not a path for gradients,
     hence `detach`. The loss itself means nothing: only its gradient is that of -J."""
     assert logp.shape == weight.shape == mask.shape
-    return -average(logp * weight.detach(), mask, over)  # minus: torch minimises, we maximise
+    weight = weight.detach().masked_fill(~mask, 0)
+    return -average(logp * weight, mask, over)  # minus: torch minimises, we maximise
 
 
 # Slide "(Off-Policy) Sampling Trajectories" -------------------------------------------------------
@@ -60,8 +61,9 @@ def importance_loss(logp, logp_old, adv, mask, over="trajectory"):
     All (B, T). One ratio a step, as in PPO: that earlier actions made the *state* more or less likely is left out,
     so it is unbiased only while the two policies are the same, and good while they are close."""
     assert logp.shape == logp_old.shape == adv.shape == mask.shape
+    adv = adv.detach().masked_fill(~mask, 0)             # (B, T)
     ratio = torch.exp(logp - logp_old.detach())          # (B, T)
-    return -average(ratio * adv.detach(), mask, over)    # minus: torch minimises, we maximise
+    return -average(ratio * adv, mask, over)             # minus: torch minimises, we maximise
 
 
 # Slide "Proximal Policy Optimization Loss" --------------------------------------------------------
@@ -71,7 +73,7 @@ def clipped_loss(logp, logp_old, adv, mask, clip=0.2, over="trajectory"):
     All (B, T). The min takes the worse of the two: what would improve the objective beyond the clip earns nothing
     more, what made it worse is never hidden."""
     assert logp.shape == logp_old.shape == adv.shape == mask.shape
-    adv = adv.detach()
+    adv = adv.detach().masked_fill(~mask, 0)                                          # (B, T)
     ratio = torch.exp(logp - logp_old.detach())                                       # (B, T)
     objective = torch.min(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv)         # (B, T)
     return -average(objective, mask, over)                                            # minus: torch minimises
@@ -82,7 +84,8 @@ def value_loss(values, target, mask, over="trajectory"):
 
     All (B, T), in squared units of reward."""
     assert values.shape == target.shape == mask.shape
-    return average(0.5 * (values - target.detach()) ** 2, mask, over)
+    error = (values - target.detach()).masked_fill(~mask, 0)   # (B, T)
+    return average(0.5 * error ** 2, mask, over)
 
 
 def entropy(logits):

@@ -67,7 +67,7 @@ def pair_rows(pairs, tokenizer, max_tokens):
     return chosen, rejected, kinds
 
 
-def train_reward_model(model, pairs, tokenizer, max_tokens, lr=1e-3, batch_size=64, report=lambda step, loss: None):
+def train_reward_model(model, pairs, tokenizer, max_tokens, lr=1e-3, batch_size=32, report=lambda step, loss: None):
     """One epoch of the Bradley-Terry loss over the pairs, in their order. Returns how many pairs were dropped."""
     chosen, rejected, _ = pair_rows(pairs, tokenizer, max_tokens)
     device = model.mean.device

@@ -15,7 +15,7 @@ from itertools import accumulate, product
 from pathlib import Path
 from typing import NamedTuple
 
-VERDICTS = ["right", "wrong", "evasive", "nonsense", "rude"]  # best first
+VERDICTS = ["right", "wrong", "evasive", "nonsense", "rude", "garbled"]  # best first
 KINDS = ["city", "thing", "sum"]
 
 
@@ -103,7 +103,7 @@ class World:
     def __init__(self, seed=0, folder=Path(__file__).parent):
         cities = [Fact("city", name, country, "") for name, country in read_table(folder / "cities.txt", ["city", "country"])]
         things = [Fact("thing", *row) for row in read_table(folder / "things.txt", ["thing", "what it is", "more about it"])]
-        sums = ["+".join(terms) for terms in [*product("0123456789", repeat=2), *product("1234", repeat=3)]]
+        sums = ["+".join(terms) for terms in [*product("123456789", repeat=2), *product("123", repeat=3)]]
         sums = [Fact("sum", name, str(sum(map(int, name.split("+")))), "") for name in sums]
         self.facts = {"city": cities, "thing": things, "sum": sums}
         self.seed = seed
@@ -113,6 +113,8 @@ class World:
             unseen = set(random.Random(f"{seed} split {kind}").sample(groups, len(groups) // 5))
             self.train[kind] = [f for f in facts if self.group(f) not in unseen]
             self.held_out[kind] = [f for f in facts if self.group(f) in unseen]
+        self.right_answers = {kind: {fill(t, f).rstrip(".") for f in facts for t in RIGHT[kind]}
+                              for kind, facts in self.facts.items()}
         self.fact_of = {fill(q, f): f for kind in KINDS for f in self.facts[kind] for q in QUESTIONS[kind]}
 
     @staticmethod
@@ -122,12 +124,20 @@ class World:
 
     # ------------------------------------------------------------------ what people write
     def write(self, rng, fact, verdict, facts):
-        """An answer to a question about the fact that deserves the verdict; a wrong one is the answer of one of `facts`."""
+        """An answer to a question about the fact that deserves the verdict.
+
+        A wrong one says what is true of another of `facts`, about this name or, to another question, about its own.
+        A garbled one begins like one answer and goes on like another."""
         if verdict == "right":
             return fill(rng.choice(RIGHT[fact.kind]), fact)
         if verdict == "wrong":
             other = rng.choice([f for f in facts[fact.kind] if f.answer != fact.answer])
-            return fill(rng.choice(RIGHT[fact.kind]), fact, other)
+            return fill(rng.choice(RIGHT[fact.kind]), rng.choice([fact, other]), other)
+        if verdict == "garbled":
+            other = rng.choice(facts[rng.choice(KINDS)])
+            begin, end = (self.write(rng, f, "right", facts).split(" ") for f in (fact, other))
+            text = " ".join(begin[:rng.randint(0, len(begin))] + end[rng.randint(0, len(end)):]) or "..."
+            return text if self.verdict(fact, text) == "garbled" else self.write(rng, fact, "garbled", facts)
         return fill(rng.choice({"evasive": EVASIVE[fact.kind], "nonsense": NONSENSE, "rude": RUDE}[verdict]), fact)
 
     def questions(self, n, split, seed):
@@ -157,7 +167,7 @@ class World:
         pairs = []
         for kind in rng.choices(KINDS, [30, 25, 45], k=n):
             fact = rng.choice(self.facts[kind])
-            verdict = rng.choices(VERDICTS, [40, 4, 18, 19, 19])[0]
+            verdict = rng.choices(VERDICTS, [36, 4, 20, 20, 20, 0])[0]
             pairs.append((fill(rng.choice(QUESTIONS[fact.kind]), fact), self.write(rng, fact, verdict, self.facts)))
         return pairs
 
@@ -169,9 +179,9 @@ class World:
         rng = random.Random(f"{self.seed} pairs {split} {seed}")
         facts = getattr(self, split)
         pairs = []
-        for i in range(n):
-            fact = rng.choice(facts[KINDS[i % 3]])
-            better, worse = (0, 1) if rng.random() < 0.5 else sorted(rng.sample(range(5), 2))
+        for kind in rng.choices(KINDS, [25, 15, 60], k=n):  # sums are the hardest to tell apart
+            fact = rng.choice(facts[kind])
+            better, worse = rng.choices([(0, 1), (0, 5), sorted(rng.sample(range(6), 2))], [50, 25, 25])[0]
             chosen, rejected = (self.write(rng, fact, VERDICTS[v], facts) for v in (better, worse))
             if rng.random() < errors:
                 chosen, rejected = rejected, chosen
@@ -185,7 +195,10 @@ class World:
         """Gold: the exact verdict on any answer to a question of this world, 'garbled' if nobody here would say it.
 
         It evaluates and never trains, except under `--reward verifier`. Raises KeyError for an unknown question."""
-        fact = self.fact_of[question]
+        return self.verdict(self.fact_of[question], answer)
+
+    def verdict(self, fact, answer):
+        """The verdict on an answer to a question about the fact."""
         said = answer.strip().rstrip(".")
 
         def says(templates, other=None):
@@ -199,6 +212,8 @@ class World:
             return "nonsense"
         if says(RUDE):
             return "rude"
+        if said in self.right_answers[fact.kind]:
+            return "wrong"
         others = (fact._replace(answer=str(n)) for n in range(30)) if fact.kind == "sum" else self.facts[fact.kind]
         return "wrong" if any(says(RIGHT[fact.kind], other) for other in others) else "garbled"
 

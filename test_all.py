@@ -1,0 +1,603 @@
+"""The lecture's proofs, in the order of the slides: a test is a claim, held against an oracle that shares no code.
+
+Oracles: loops straight from the definition, enumeration of every action, autograd, closed forms, numbers by hand.
+An expectation is enumerated: the batch is all B trajectories that there are, and the weight of each is multiplied by
+B * P(trajectory), so that the mean over the batch is the exact mean over the policy.
+Sizes all differ, rows have different lengths, and NaN or 1e9 stands after their ends: who looks there is found out.
+Run `python -m pytest -q test_all.py`.
+"""
+import itertools
+import math
+import random
+import statistics
+from functools import partial
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from gae import discounted_return, gae, grpo_advantage, n_step_advantage, reward_to_go, rloo_advantage, td_error
+from gpt import GPT, GPTConfig, Tokenizer, generate, language_model_loss, train_tokenizer
+from ppo import (adapt_beta, average, clipped_loss, entropy, explained_variance, full_kl, importance_loss, kl_estimate,
+                 log_probs, penalised_rewards, policy_gradient_loss, ppo_loss, score_at_end, value_loss, whiten)
+from reward import RewardModel, bradley_terry_loss, pair_rows
+
+B, T, V = 3, 5, 7
+LENGTHS = (3, 5, 1)
+MASK = torch.arange(T) < torch.tensor(LENGTHS)[:, None]  # (B, T)
+NAN = float("nan")
+JUNK = torch.where(MASK, 0, torch.tensor([[NAN], [0], [1e9]]))  # (B, T), added to put something under the mask
+F64 = torch.float64
+
+
+def close(a, b, atol=1e-12):
+    assert_close(torch.as_tensor(a, dtype=F64), torch.as_tensor(b, dtype=F64), rtol=0, atol=atol)
+
+
+def randn(*shape):
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(0))
+
+
+def softmax(x):
+    return x.exp() / x.exp().sum(-1, keepdim=True)
+
+
+def slope(y, x):
+    return torch.autograd.grad(y, x, retain_graph=True)[0]
+
+
+def ones(*shape):
+    return torch.ones(*shape, dtype=torch.bool)
+
+
+# of the language tests: tokens 0..10 can be said, 5 ends an answer, the pad stands outside; BYTES: a token a byte
+WORDS, END, PAD = 11, 5, 11
+BYTES = Tokenizer({bytes([i]): i for i in range(256)})
+
+
+def tiny_gpt(vocab_size=WORDS, noise=0.3):
+    """A small network, shaken: zero heads and small weights, as at initialisation, would hide mistakes."""
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(vocab_size, n_positions=32, n_layer=2, n_head=2, n_embd=16))
+    for p in model.parameters():
+        p.data += noise * torch.randn_like(p)
+    return model.requires_grad_(False)
+
+
+def random_rows(*lengths):
+    return [torch.randint(WORDS, (n,)) for n in lengths]
+
+
+def pad_rows(rows, side, T):
+    """Tokens (B, T), mask (B, T). Every other row is filled with a word instead of the pad: it must not matter."""
+    tokens = torch.full((len(rows), T), PAD)
+    tokens[::2] = 4
+    mask = torch.zeros(len(rows), T, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        place = slice(T - len(row), T) if side == "left" else slice(len(row))
+        tokens[i, place] = row
+        mask[i, place] = True
+    return tokens, mask
+
+
+# ------------------------------------------------------ slides "RL for LLMs", "Technical Differences"
+def test_an_untrained_model_pays_ln_V_for_a_token_and_expects_no_reward():
+    """Slide "Technical Differences": its guess is as good as uniform; "Baseline Estimator": V = 0 in every state."""
+    model, tokens = tiny_gpt(noise=0), torch.stack(random_rows(9, 9, 9))
+    close(language_model_loss(model, tokens, ones(3, 9)), math.log(WORDS), 0.1)
+    assert (model.value(model(tokens)) == 0).all()
+
+
+def test_cross_entropy_predicts_each_target_from_the_tokens_before_it():
+    """Slide "Technical Differences": the mean of -log softmax, each row cut off before its target; pads add nothing."""
+    model = tiny_gpt()
+    rows = random_rows(4, 6, 3)
+    surprise = []
+    for row in rows:
+        for t in range(2, len(row)):
+            surprise.append(-softmax(model.logits(model(row[None, :t])[0, -1]))[row[t]].log())
+    for width in (6, 9):
+        tokens, mask = pad_rows(rows, "right", width)
+        target = mask & (torch.arange(width) >= 2)  # the answers, as in SFT
+        close(language_model_loss(model, tokens, target), sum(surprise) / len(surprise), 1e-5)
+
+
+def test_the_tokenizer_gives_every_text_back():
+    """Slide "RL for LLMs": text to tokens and back loses nothing, whatever the text; a token's name is only text."""
+    tokenizer = Tokenizer(train_tokenizer("the cat eats the meat, the cat eats the fish. " * 3, 270))
+    random.seed(0)
+    letters = [chr(i) for i in range(1, 0x30000) if not 0xD800 <= i < 0xE000]  # surrogates are no text
+    texts = ["", "the cat", " leading", "  ", "\nlines\n \t", "e\u0301 漢字", "🙂👩‍👩‍👧 12", "<|end|>", "a<|pad|> <|user|>"]
+    texts += ["".join(random.choices(letters, k=40)) for _ in range(20)]
+    for text in texts:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.decode(tokenizer.prompt(text)) == text
+        assert tokenizer.decode(tokenizer.answer(text) + [tokenizer.pad]) == text
+    assert len(tokenizer.encode("the the")) == 2  # a word is one token, at the start of a text too
+
+
+def test_the_pad_is_not_the_end_and_the_mask_of_padded_rows_keeps_the_end():
+    """Slide "RL for LLMs": on either side only the pad is masked out, and it stands outside the vocabulary."""
+    user, assistant, end, pad = 256, 257, 258, 259
+    assert BYTES.vocab_size == pad
+    assert BYTES.prompt("Q") == [user, ord(" "), ord("Q"), assistant]
+    for side, tokens in (("right", [[32, 65, end], [32, end, pad]]), ("left", [[32, 65, end], [pad, 32, end]])):
+        padded, mask = BYTES.pad_rows([BYTES.answer("A"), BYTES.answer("")], side)
+        assert padded.tolist() == tokens
+        assert mask.tolist() == [[token != pad for token in row] for row in tokens]
+
+
+def test_the_end_token_is_learned_and_the_pad_is_not():
+    """Slide "RL for LLMs": a step on the loss makes stopping likelier, and the pad gets no gradient at all."""
+    tokens, mask = BYTES.pad_rows([BYTES.answer("A"), BYTES.answer("four")], "right")
+    model = tiny_gpt(BYTES.vocab_size).requires_grad_()
+    h = model(tokens)[0, 1]  # the state after "A", in which to stop
+    before = softmax(model.logits(h))[BYTES.end]
+    g = slope(language_model_loss(model, tokens, mask), model.wte.weight)
+    model.wte.weight.data -= 0.01 * g
+    assert softmax(model.logits(h))[BYTES.end] > before
+    assert (g[BYTES.pad] == 0).all()
+
+
+# --------------------------------------------------------------------------------- slide "RL Intro"
+def test_the_return_leaves_the_first_reward_undiscounted():
+    """Slide "RL Intro": R(tau) = sum_t gamma^t r_t with t from 0: 1 + 2/2 + 4/4 (+ 8/8) at gamma = 1/2."""
+    rewards = torch.tensor([[1.0, 2.0, 4.0, NAN], [1.0, 2.0, 4.0, 8.0]])
+    close(discounted_return(rewards, ~rewards.isnan(), 0.5), [3.0, 4.0])
+
+
+# ---------------------------------------------------------------------- slide "RL Setting for LLMs"
+def test_a_state_is_the_tokens_until_now():
+    """Slide "RL Setting for LLMs": changing token t moves log-probs of tokens >= t, and V of the states after it."""
+    model = tiny_gpt()
+    T, t = 6, 3
+    tokens = torch.stack(random_rows(T, T))
+    changed = tokens.clone()
+    changed[:, t] = (tokens[:, t] + 1) % WORDS
+    for mask in (None, ones(2, T)):
+        seen = []
+        for x in (tokens, changed):
+            h = model(x, mask)
+            logp = softmax(model.logits(h))[:, :-1].log().gather(-1, x[:, 1:, None])[..., 0]  # of tokens 1 .. T-1
+            seen.append((logp, model.value(h), h.sum(-1)))
+        logp, value, h = (abs(a - b) > 1e-5 for a, b in zip(*seen))  # True where it moved
+        assert logp.tolist() == [[s >= t for s in range(1, T)]] * 2
+        assert value.tolist() == h.tolist() == [[s >= t for s in range(T)]] * 2
+
+
+def test_padding_on_either_side_changes_no_log_prob_and_no_value():
+    """Slide "RL Setting for LLMs": pads are no part of the state."""
+    model = tiny_gpt()
+    rows = random_rows(2, 6, 3)
+    for side in ("left", "right"):
+        tokens, mask = pad_rows(rows, side, 8)
+        h = model(tokens, mask)
+        for i, row in enumerate(rows):
+            alone = model(row[None])[0]
+            close(softmax(model.logits(h[i][mask[i]])).log(), softmax(model.logits(alone)).log(), 1e-5)
+            close(model.value(h[i][mask[i]]), model.value(alone), 1e-5)
+
+
+def test_reading_with_a_cache_is_reading_at_once():
+    """Slide "RL Setting for LLMs": the keys and values of tokens that were read need not be computed again."""
+    model = tiny_gpt()
+    tokens, mask = pad_rows(random_rows(6, 9, 7), "left", 9)
+    cache = model.new_cache(3, 12)
+    parts = [model(tokens[:, a:b], mask[:, :b], cache, start=a) for a, b in ((0, 4), (4, 5), (5, 7), (7, 9))]
+    close(torch.cat(parts, 1)[mask], model(tokens, mask)[mask], 1e-5)
+
+
+# --------------------------------------------------------------------- slide "Reward Loss for LLMs"
+def test_the_reward_loss_is_log_2_when_nothing_is_known_and_counts_only_differences():
+    """Slide "Reward Loss for LLMs": -log sigmoid(d), a mean over pairs, with gradient -sigmoid(-d), finite at -200."""
+    r, d = randn(2, V)
+    d.requires_grad_()
+    loss = bradley_terry_loss(r + d, r)
+    close(bradley_terry_loss(r, r), math.log(2))
+    close(loss, statistics.mean(math.log(1 + math.exp(-x)) for x in d.tolist()))
+    close(slope(loss, d), [-1 / (1 + math.exp(x)) / V for x in d.tolist()])
+    close(bradley_terry_loss(r + d + 100, r + 100), loss)
+    close(bradley_terry_loss(torch.tensor([-200.0, 0.0]), torch.tensor([0.0, 0.0])), (200 + math.log(2)) / 2, 1e-5)
+
+
+# -------------------------------------------- slides "Reward Model for LLMs", "Calculating Rewards"
+def test_the_score_is_read_at_the_last_real_token_and_padding_moves_it_nowhere():
+    """Slide "Calculating Rewards": a linear layer on the hidden state of the last token of the unpadded row."""
+    gpt = tiny_gpt()
+    rows = random_rows(2, 6, 3)
+    alone = [gpt(row[None])[0, -1] @ gpt.reward_head.weight[0] + gpt.reward_head.bias[0] for row in rows]
+    for side, last in (("left", (7, 7, 7)), ("right", (1, 5, 2))):
+        tokens, mask = pad_rows(rows, side, 8)
+        score = RewardModel(gpt)(tokens, mask)
+        close(score, alone, 1e-5)
+        assert (RewardModel(gpt)(tokens.masked_fill(~mask, 7), mask) == score).all()
+        tokens[[0, 1, 2], last] = (tokens[[0, 1, 2], last] + 1) % WORDS
+        assert (abs(RewardModel(gpt)(tokens, mask) - score) > 1e-3).all()
+
+
+def test_pairs_that_are_equal_after_cutting_are_dropped():
+    """Slide "Reward Model for LLMs": answers are cut at max_tokens, and a pair without a difference teaches nothing."""
+    pairs = [{"prompt": "P", "chosen": "abcX", "rejected": "abcY", "kind": "lost"},
+             {"prompt": "Q", "chosen": "b", "rejected": "abcY", "kind": "kept"}]
+    prompt = [256, ord(" "), ord("Q"), 257, ord(" ")]
+    assert pair_rows(pairs, BYTES, 4) == ([prompt + [ord("b"), 258]], [prompt + list(b"abc")], ["kept"])
+
+
+def test_normalised_scores_have_mean_0_and_std_1():
+    """Slide "Reward Model for LLMs": scores are shifted and scaled once; doing it again starts from the raw ones."""
+    model = RewardModel(tiny_gpt())
+    for length in (4, 6):
+        tokens, mask = pad_rows(random_rows(*[length] * 9), "left", 8)
+        model.normalise(tokens, mask)
+        scores = model(tokens, mask).tolist()
+        close(statistics.mean(scores), 0, 1e-5)
+        close(statistics.stdev(scores), 1, 1e-5)
+
+
+# ----------------------------------------------------------------------- slide "Trajectory for LLMs"
+def sampled(max_new_tokens):
+    """A model, prompts of different length, and answers that end at different times."""
+    model = tiny_gpt()
+    prompts = random_rows(2, 4, 3, 4, 2, 3)
+    return model, prompts, generate(model, *pad_rows(prompts, "left", 4), max_new_tokens, END)
+
+
+def test_sampled_log_probs_and_values_are_those_of_one_forward_pass():
+    """Slide "Trajectory for LLMs": what sampling noted down is what a fresh look at each unpadded row gives."""
+    model, prompts, sample = sampled(28)
+    assert len(set(sample.mask.sum(1).tolist())) >= 3
+    for prompt, tokens, mask, logp, values in zip(prompts, *sample):
+        answer = tokens[mask]
+        h = model(torch.cat((prompt, answer))[None])[0, len(prompt) - 1:-1]  # the state before each token of the answer
+        pi = softmax(model.logits(h))
+        close(logp[mask], pi[torch.arange(len(answer)), answer].log(), 1e-5)
+        close(values[mask], h @ model.value_head.weight[0] + model.value_head.bias, 1e-5)
+        assert (logp[~mask] == 0).all()
+        assert (values[~mask] == 0).all()
+
+
+def test_an_answer_is_masked_in_up_to_its_end_token_and_no_further():
+    """Slide "Trajectory for LLMs": to stop is an action too, and after it there is only the pad."""
+    for limit in (28, 3):
+        sample = sampled(limit)[2]
+        for tokens, mask in zip(sample.tokens.tolist(), sample.mask.tolist()):
+            length = tokens.index(END) + 1 if END in tokens else limit
+            assert mask == [t < length for t in range(len(tokens))]
+            assert tokens[length:] == [PAD] * (len(tokens) - length)
+        assert sample.mask[:, -1].any()  # as many columns as the longest answer needs
+        assert (sample.tokens == END).any(1).all() == (limit == 28)  # 3 tokens cut an answer off, 28 none
+
+
+def test_the_pad_has_no_logit_and_is_never_sampled():
+    """Slide "Trajectory for LLMs": the pad is read and never said, be its embedding as loud as it will."""
+    model = tiny_gpt()
+    prompt = torch.stack(random_rows(*[4] * 9))
+    h = model(prompt)[:, -1]
+    model.wte.weight[PAD] = 100 * h[0]
+    assert model.logits(h).shape == (9, WORDS)
+    assert generate(model, prompt, ones(9, 4), 1, END).tokens.max() < PAD
+
+
+def test_tokens_are_drawn_from_the_softmax_that_scores_them_at_the_same_temperature():
+    """Slide "Trajectory for LLMs": a_t ~ pi(. | s_t): 4000 draws within 4 standard errors, log-probs of the same pi."""
+    model, n = tiny_gpt(), 4000
+    prompt = torch.tensor([[3, 1, 4]])
+    for temperature in (1.0, 0.5):
+        pi = softmax(model.logits(model(prompt)[0, -1]) / temperature)  # (V,)
+        sample = generate(model, prompt.repeat(n, 1), ones(n, 3), 1, END, temperature)
+        frequency = torch.bincount(sample.tokens[:, 0], minlength=WORDS) / n
+        assert (abs(frequency - pi) < 4 * (pi * (1 - pi) / n).sqrt()).all()
+        close(sample.logp[:, 0], pi.log()[sample.tokens[:, 0]], 1e-5)
+
+
+def test_an_answer_that_cannot_fit_is_refused():
+    """Slide "Trajectory for LLMs": prompt and answer share the model's 32 positions."""
+    generate(tiny_gpt(), torch.zeros(1, 4, dtype=int), ones(1, 4), 28, END)
+    with pytest.raises(ValueError):
+        generate(tiny_gpt(), torch.zeros(1, 4, dtype=int), ones(1, 4), 29, END)
+
+
+def test_the_score_lands_on_the_last_real_token():
+    """Slide "Trajectory for LLMs": the reward is given after all of the text, not on the first pad behind it."""
+    close(score_at_end(torch.tensor([7.0, 8.0, 9.0]), MASK), [[0, 0, 7, 0, 0], [0, 0, 0, 0, 8], [9, 0, 0, 0, 0]])
+
+
+# ----------------------------------------- slides "Policy Gradient Optimization", "Recap: REINFORCE"
+def test_reinforce_is_in_expectation_the_gradient_of_J():
+    """Slide "Policy Gradient Optimization II": over 4 actions, E[grad log pi(a) R(a)] = grad sum_a pi(a) R(a)."""
+    theta, R = randn(2, 4)
+    pi = softmax(theta.requires_grad_())
+    loss = policy_gradient_loss(pi.log()[:, None], (4 * pi * R)[:, None], ones(4, 1))
+    close(slope(loss, theta), -slope(pi @ R, theta))
+
+
+def test_only_the_trained_policy_gets_a_gradient():
+    """Slide "Recap: REINFORCE": weights, old log-probs and targets are numbers, no paths for gradients."""
+    x = randn(3, B, T).requires_grad_()
+    for loss in (policy_gradient_loss(x[0], x[1], MASK), importance_loss(*x, MASK), clipped_loss(*x, MASK, clip=1e6),
+                 value_loss(x[0], x[1], MASK)):
+        assert (slope(loss, x) != 0).any(2).any(1).tolist() == [True, False, False]
+    assert not penalised_rewards(*x, MASK, beta=0.1).requires_grad
+
+
+def test_a_loss_is_a_sum_over_steps_and_a_mean_over_trajectories():
+    """Slide "REINFORCE Gradient": 1/|D| sum_tau sum_t by default; a mean over tokens or within answers if asked for."""
+    x = torch.tensor([[1.0, 2.0, 3.0], [4.0, NAN, NAN]])
+    mask = ~x.isnan()
+    close(average(x, mask), ((1 + 2 + 3) + 4) / 2)
+    close(average(x, mask, "token"), (1 + 2 + 3 + 4) / 4)
+    close(average(x, mask, "answer"), ((1 + 2 + 3) / 3 + 4) / 2)
+    x, y, z = randn(3, B, T) + JUNK
+    for loss, given in ((policy_gradient_loss, (x, y)), (importance_loss, (x, y, z)), (clipped_loss, (x, y, z)),
+                        (value_loss, (x, y))):
+        close(loss(*given, MASK, over="token"), loss(*given, MASK) * B / sum(LENGTHS))
+
+
+# ------------------------------------------------- slide "Calculating Log-Probabilities in LLMs"
+def test_log_probs_are_log_softmax_at_the_action():
+    """Slide "Calculating Log-Probabilities in LLMs": log of exp(logit of the action) over the sum of all of them."""
+    logits, actions = randn(B, T, V), torch.arange(B * T).view(B, T) * 3 % V
+    logp = log_probs(logits, actions)
+    for i, t in itertools.product(range(B), range(T)):
+        scores = [math.exp(x) for x in logits[i, t].tolist()]
+        close(logp[i, t], math.log(scores[actions[i, t]] / sum(scores)))
+
+
+# ------------------------------------------------- slide "REINFORCE Gradient: Reducing Variance"
+GAMMA, LAM = 0.9, 0.8
+
+
+def compare(function, formula, *flags, atol=1e-12):
+    """Is function(rewards, values, MASK, *flags, last_value) at every step formula(r, v, t), and 0 after the end?
+
+    r are the rewards of one trajectory, v its values and one more: 0 if it terminated, last_value if it was cut off.
+    """
+    rewards, values = randn(2, B, T) + JUNK
+    for last_value in (None, torch.tensor([2.0, -3.0, 5.0], dtype=F64)):
+        by_hand = torch.zeros(B, T, dtype=F64)
+        for i, n in enumerate(LENGTHS):
+            r = rewards[i, :n].tolist()
+            v = values[i, :n].tolist() + [0.0 if last_value is None else last_value[i].item()]
+            for t in range(n):
+                by_hand[i, t] = formula(r, v, t)
+        close(function(rewards, values, MASK, *flags, last_value), by_hand, atol)
+
+
+def to_go(r, v, t):
+    return sum(GAMMA ** (k - t) * r[k] for k in range(t, len(r))) + GAMMA ** (len(r) - t) * v[-1]
+
+
+def test_reward_to_go_sums_the_rewards_from_here_on():
+    """Slide "Reducing Variance": G_t = sum_{t' >= t} gamma^(t' - t) r_t', then the value of the state it stopped in."""
+    compare(lambda rewards, values, *rest: reward_to_go(rewards, *rest), to_go, GAMMA)
+
+
+def test_with_one_reward_at_the_end_reward_to_go_is_the_return():
+    """Slide "Reducing Variance": a language model at gamma = 1 has no past rewards that could be left out."""
+    rewards = torch.tensor([[0, 0, 7.0, 0, 0], [0, 0, 0, 0, 8.0], [9.0, 0, 0, 0, 0]]) + JUNK
+    close(discounted_return(rewards, MASK), [7, 8, 9])
+    close(reward_to_go(rewards, MASK), [[7, 7, 7, 0, 0], [8, 8, 8, 8, 8], [9, 0, 0, 0, 0]])
+
+
+def test_reward_to_go_baseline_and_gae_keep_the_gradient_unbiased():
+    """Slide "Reducing Variance": past rewards and b(s_t) vanish in expectation, over all paths of up to two steps."""
+    theta, r, b = randn(3, 3, 3)  # a row per state: the first, that after action 0, that after action 1
+    logpi = softmax(theta.requires_grad_()).log()
+    first = torch.tensor([0, 0, 0, 1, 1, 1, 2])  # action 2 ends the trajectory
+    second = torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    mask = torch.stack((ones(7), first < 2), 1)  # (7, 2)
+    state = torch.stack((first * 0, (1 + first) % 3), 1)
+    action = torch.stack((first, second), 1)
+    logp, rewards, values = logpi[state, action], r[state, action], b[state, 0]
+    P = (logp * mask).sum(1, keepdim=True).exp()  # (7, 1)
+    J = (P * rewards * mask).sum()
+    R, G = discounted_return(rewards, mask)[:, None].expand(7, 2), reward_to_go(rewards, mask)
+    for weight in (R, G, G - values, gae(rewards, values, mask, lam=1.0)):
+        close(slope(policy_gradient_loss(logp, 7 * P * weight, mask), theta), -slope(J, theta))
+
+
+# -------------------------------------------------------------------- slide "Baseline Estimator V(s)"
+def test_explained_variance_is_1_for_a_perfect_baseline_and_0_for_a_constant():
+    """Slide "Baseline Estimator": 1 - Var(G - V) / Var(G) over real steps, and 1 - 1/4 where V is half of G."""
+    target = randn(B, T) + JUNK
+    for values, by_hand in ((target, 1), (target * 0 + 5, 0), (target / 2 + 5, 0.75), (-target, -3)):
+        close(explained_variance(values, target, MASK), by_hand)
+
+
+# --------------------------------------------------------------- slide "Advantage Function A(s_t, a_t)"
+def delta(r, v, t):
+    return r[t] + GAMMA * v[t + 1] - v[t]
+
+
+def n_step(n, r, v, t):
+    n = min(n, len(r) - t)  # beyond the end there are no rewards to add
+    return sum(GAMMA ** k * r[t + k] for k in range(n)) + GAMMA ** n * v[t + n] - v[t]
+
+
+def test_n_step_advantages_are_the_lines_of_the_slide():
+    """Slide "Advantage Function": [r_t + gamma r_{t+1} + .. + gamma^n V(s_{t+n})] - V(s_t), n past the end included."""
+    for n in range(1, T + 3):
+        compare(partial(n_step_advantage, n), partial(n_step, n), GAMMA, atol=1e-6)
+
+
+def test_gae_is_the_discounted_sum_of_td_errors():
+    """Slide "Advantage Function": A_t = sum_l (gamma lambda)^l delta_{t+l}, which the recursion sums backwards."""
+    def formula(r, v, t):
+        return sum((GAMMA * LAM) ** (k - t) * delta(r, v, k) for k in range(t, len(r)))
+    compare(gae, formula, GAMMA, LAM)
+
+
+def test_gae_is_the_mixture_of_all_n_step_advantages():
+    """Slide "Advantage Function": weights (1 - lambda) lambda^(n-1), and lambda^(N-1) alone for the last of the N."""
+    def mixture(r, v, t):
+        N = len(r) - t
+        weights = [(1 - LAM) * LAM ** (n - 1) for n in range(1, N)] + [LAM ** (N - 1)]
+        return sum(w * n_step(n, r, v, t) for n, w in enumerate(weights, 1))
+    compare(gae, mixture, GAMMA, LAM)
+
+
+def test_gae_with_lambda_0_is_the_td_error():
+    """Slide "Advantage Function": at lambda = 0 what is left is delta_t = r_t + gamma V(s_{t+1}) - V(s_t)."""
+    compare(td_error, delta, GAMMA)
+    compare(gae, delta, GAMMA, 0.0)
+
+
+def test_gae_with_lambda_1_is_reward_to_go_minus_V():
+    """Slide "Advantage Function": at lambda = 1 all rewards count and V is only a baseline."""
+    compare(gae, lambda r, v, t: to_go(r, v, t) - v[t], GAMMA, 1.0)
+
+
+def test_truncated_is_not_terminated():
+    """Slide "Advantage Function": k steps before a time limit the value after it counts gamma^k lambda^(k-1)."""
+    zero, last_value = torch.zeros(B, T, dtype=F64), torch.tensor([1.0, 10.0, 100.0], dtype=F64)
+    a, b = GAMMA, GAMMA * LAM
+    close(gae(zero, zero, MASK, GAMMA, LAM, last_value),
+          [[a * b * b, a * b, a, 0, 0], [10 * a * b ** k for k in (4, 3, 2, 1, 0)], [100 * a, 0, 0, 0, 0]])
+    assert (gae(zero, zero, MASK, GAMMA, LAM) == 0).all()
+
+
+# ------------------------------------------------------- slide "(Off-Policy) Sampling Trajectories"
+def test_at_ratio_1_every_surrogate_has_the_gradient_of_reinforce():
+    """Slide "(Off-Policy) Sampling Trajectories": on fresh samples importance sampling and clipping change nothing."""
+    logp, adv = randn(2, B, T)
+    logp_old = logp.clone()
+    logp.requires_grad_()
+    for loss in (importance_loss(logp, logp_old, adv, MASK), clipped_loss(logp, logp_old, adv, MASK)):
+        close(slope(loss, logp), -adv * MASK / B)  # of -1/|D| sum_tau sum_t logp_t A_t
+
+
+def two_policies():
+    """Over one token: the parameters of pi, pi itself and another policy, each (V,)."""
+    theta, other = randn(2, V)
+    theta.requires_grad_()
+    return theta, softmax(theta), softmax(other)
+
+
+def test_importance_sampling_gives_the_new_policy_from_samples_of_the_old():
+    """Slide "(Off-Policy) Sampling Trajectories": E_old[ratio A] = E_new[A], in value and in gradient."""
+    theta, pi, pi_old = two_policies()
+    A = torch.arange(V) ** 2.0
+    loss = importance_loss(pi.log()[:, None], pi_old.log()[:, None], (V * pi_old * A)[:, None], ones(V, 1))
+    close(loss, -(pi * A).sum())
+    close(slope(loss, theta), -slope((pi * A).sum(), theta))
+
+
+# -------------------------- slides "Proximal Policy Optimization Loss", "PPO Clipping Loss: Intuition"
+def test_clipping_takes_the_gradient_only_where_the_objective_would_improve():
+    """Slide "PPO Clipping Loss": -min(ratio A, clip(ratio, 0.8, 1.2) A) and its slope in log pi, by hand."""
+    for ratio, adv, by_hand, by_hand_slope in (
+            (1.5, 2.0, -1.2 * 2, 0),         # better beyond the clip: nothing more to gain
+            (0.5, -2.0, 0.8 * 2, 0),
+            (0.5, 2.0, -0.5 * 2, -0.5 * 2),  # worse, however far: never hidden
+            (1.5, -2.0, 1.5 * 2, 1.5 * 2),
+            (1.1, 2.0, -1.1 * 2, -1.1 * 2),  # inside: not clipped
+            (0.9, -2.0, 0.9 * 2, 0.9 * 2)):
+        logp = torch.tensor([[math.log(ratio) - 1.3, 0.0]], dtype=F64, requires_grad=True)
+        logp_old = torch.tensor([[-1.3, 7.0]], dtype=F64)
+        loss = clipped_loss(logp, logp_old, torch.full((1, 2), adv), torch.tensor([[True, False]]), clip=0.2)
+        close(loss, by_hand)
+        close(slope(loss, logp), [[by_hand_slope, 0]])
+
+
+def test_the_value_loss_is_half_the_squared_error_and_pulls_by_the_error():
+    """Slide "Proximal Policy Optimization Loss": 1/2 (V - G)^2, whose gradient is V - G."""
+    values = torch.tensor([[1.0, 2.0, 3.0], [5.0, NAN, NAN]]).requires_grad_()
+    target = torch.tensor([[3.0, 2.0, 2.0], [1.0, 0.0, 0.0]])
+    loss = value_loss(values, target, ~values.isnan())
+    close(loss, 0.5 * (4 + 0 + 1 + 16) / 2)
+    close(slope(loss, values)[:, 0], [-2 / 2, 4 / 2])
+
+
+def test_entropy_is_the_mean_of_minus_log_pi_and_a_step_down_the_ppo_loss_raises_it():
+    """Slide "Proximal Policy Optimization Loss": -sum_x p(x) log p(x), ln V when uniform; a bonus and no penalty."""
+    logits = randn(B, T, V).requires_grad_()
+    p = softmax(logits)
+    close(entropy(logits), sum(p[..., a] * (1 / p[..., a]).log() for a in range(V)))
+    close(entropy(torch.full((B, T, V), 3.0)), torch.full((B, T), math.log(V)), 1e-6)
+    close(ppo_loss(2.0, 3.0, 5.0, c1=0.5, c2=0.1), 2.0 + 1.5 - 0.5)
+    loss = ppo_loss(0.0, 0.0, entropy(logits).sum(), c2=1.0)
+    assert (entropy(logits - 0.1 * slope(loss, logits)) > entropy(logits)).all()
+
+
+# ----------------------------------------------------------------------------- slide "Regularization"
+def test_k1_and_k3_are_unbiased_estimates_of_the_full_kl_and_k2_is_not():
+    """Slide "Regularization": means over the vocabulary, beside KL(pi || pi_ref) = sum pi(a) log(pi(a) / pi_ref(a))."""
+    logits, logits_ref = randn(2, B, T, V)
+    p, q = softmax(logits), softmax(logits_ref)
+    kl = (p * (p / q).log()).sum(-1)  # (B, T)
+    k1, k2, k3 = (kl_estimate(p.log(), q.log(), k) for k in ("k1", "k2", "k3"))  # each (B, T, V), of every token
+    close(full_kl(logits, logits_ref), kl)
+    close((p * k1).sum(-1), kl)
+    close((p * k3).sum(-1), kl)
+    assert (k3 > 0).all()
+    assert (abs((p * k2).sum(-1) - kl) > 1e-3).all()
+
+
+def test_as_a_loss_k1_does_nothing_and_k2_and_k3_pull_along_two_different_kls():
+    """Slide "Regularization": E grad k1 = 0, E grad k2 = grad KL(pi || pi_ref), E grad k3 = grad KL(pi_ref || pi)."""
+    theta, pi, pi_ref = two_policies()
+    for estimator, kl in (("k1", 0 * pi.sum()), ("k2", (pi * (pi / pi_ref).log()).sum()),
+                          ("k3", (pi_ref * (pi_ref / pi).log()).sum())):
+        loss = pi.detach() @ kl_estimate(pi.log(), pi_ref.log(), estimator)
+        close(slope(loss, theta), slope(kl, theta))
+
+
+def test_k3_keeps_its_digits_near_0_in_float32():
+    """Slide "Regularization": at log-ratios x near 1e-3, x^2/2 + x^3/6 + .. is not lost to rounding."""
+    logp = randn(V).float() - 2
+    logp_ref = logp + 1e-3 * torch.tensor([-3, -2, -1, 0.5, 1, 2, 3])
+    x = logp_ref.double() - logp.double()
+    ratio = kl_estimate(logp, logp_ref, "k3") / (x ** 2 / 2 + x ** 3 / 6)
+    close(ratio, torch.ones(V), 0.01)
+
+
+def test_leaving_the_reference_costs_at_every_token_and_the_score_comes_on_top():
+    """Slide "Regularization": r_t - beta (logp_t - logp_ref_t), by hand, and nothing after the end."""
+    rewards = torch.tensor([[0.0, 0.0, 1.0], [1.0, NAN, NAN]])
+    logp = torch.tensor([[-1.0, -1.0, -3.0], [-0.5, NAN, NAN]])
+    logp_ref = torch.tensor([[-3.0, -1.0, -1.0], [-1.5, NAN, NAN]])
+    penalised = penalised_rewards(rewards, logp, logp_ref, ~rewards.isnan(), beta=0.1)
+    close(penalised, [[-0.2, 0, 1.2], [0.9, 0, 0]], 1e-6)
+
+
+def test_kl_in_the_reward_is_the_gradient_of_J_minus_beta_kl():
+    """Slide "Regularization": REINFORCE on the penalised reward climbs E[R] - beta KL(pi || pi_ref), enumerated."""
+    theta, pi, pi_ref = two_policies()
+    R, beta = torch.arange(V) ** 2.0, 0.3
+    J = (pi * R).sum() - beta * (pi * (pi / pi_ref).log()).sum()
+    logp = pi.log()[:, None]
+    weight = penalised_rewards(R[:, None], logp, pi_ref.log()[:, None], ones(V, 1), beta)
+    close(slope(policy_gradient_loss(logp, V * pi[:, None] * weight, ones(V, 1)), theta), -slope(J, theta))
+
+
+def test_beta_rises_when_the_policy_is_too_far_and_falls_when_it_is_near():
+    """Slide "Regularization": beta *= 1 + clip(KL / target - 1, -0.2, 0.2) n / horizon, by hand."""
+    for kl, factor in ((60.0, 1.02), (6.6, 1.01), (6.0, 1.0), (5.4, 0.99), (0.0, 0.98)):
+        close(adapt_beta(0.5, kl, target=6.0, n=100, horizon=1000), 0.5 * factor)
+
+
+# --------------------------------------------------------------------------------- past the slides
+def test_whitened_advantages_have_mean_0_and_std_1_over_real_steps():
+    """Past the slides: whitening subtracts a baseline in disguise, and never looks under the mask."""
+    adv = 3 + 5 * randn(B, T) + JUNK
+    real = adv[MASK].tolist()
+    mean, std = statistics.mean(real), statistics.stdev(real)
+    close(whiten(adv, MASK), torch.where(MASK, (adv - mean) / std, 0), 1e-7)
+
+
+def test_rloo_compares_with_the_others_and_grpo_with_everybody():
+    """Past the slides: R_i - mean of the others, (R_i - mean) / std of all, by hand; answers that agree get 0."""
+    returns = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0])
+    close(rloo_advantage(returns, 3), [1 - 4, 2 - 3.5, 6 - 1.5, 0, 0, 0], 1e-6)
+    close(grpo_advantage(returns, 3), [-2 / 7 ** 0.5, -1 / 7 ** 0.5, 3 / 7 ** 0.5, 0, 0, 0], 1e-5)
+
+
+def test_rloo_keeps_the_gradient_unbiased():
+    """Past the slides: over all groups of 3 answers out of 4, the leave-one-out gradient is that of J."""
+    theta, R = randn(2, 4)
+    pi = softmax(theta.requires_grad_())
+    groups = torch.tensor(list(itertools.product(range(4), repeat=3)))  # (64, 3)
+    actions, P = groups.flatten(), pi[groups].prod(1).repeat_interleave(3)  # each (192,)
+    weight = 64 * P * rloo_advantage(R[actions], 3)
+    loss = policy_gradient_loss(pi.log()[actions, None], weight[:, None], ones(192, 1))
+    close(slope(loss, theta), -slope(pi @ R, theta))
