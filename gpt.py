@@ -10,6 +10,7 @@ Left out: dropout (it would make sampled and re-scored log-probs differ), weight
 Letters everywhere: B sequences, T tokens, V vocabulary, C channels, H heads, D = C / H.
 Run `python gpt.py`: a GPT learns one sentence by heart and says it.
 """
+import base64
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -118,7 +119,7 @@ class GPT(nn.Module):
             row = torch.arange(start, start + T, device=tokens.device)[:, None]   # (T, 1)
             column = torch.arange(start + T, device=tokens.device)[None]          # (1, start + T)
             visible = (column <= row) & mask.bool()[:, None]                      # (B, T, start + T)
-            visible = (visible | (column == row))[:, None]  # a pad sees itself: a softmax over nothing would be NaN
+            visible = (visible | (column == row))[:, None]  # a pad sees itself: a softmax over nothing can be NaN
         x = self.wte(tokens) + self.wpe(positions)                                # (B, T, C)
         for i, block in enumerate(self.h):
             x = block(x, visible, None if cache is None else cache[i], start)     # (B, T, C)
@@ -236,6 +237,12 @@ class Tokenizer:
         special = {"<|user|>": self.user, "<|assistant|>": self.assistant, "<|end|>": self.end, "<|pad|>": self.pad}
         self.encoding = tiktoken.Encoding("world", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
+    @classmethod
+    def load(cls, path):
+        """From a file in tiktoken's format: on each line a token in base64 and its rank. Raises ValueError, OSError."""
+        rows = [line.split() for line in path.read_text().splitlines()]
+        return cls({base64.b64decode(token, validate=True): int(rank) for token, rank in rows})
+
     def encode(self, text):
         """Text -> list of tokens. A space goes before it, so that a word is the same token wherever it stands."""
         return self.encoding.encode_ordinary(" " + text)  # ordinary: a special token's name in the text is text
@@ -262,7 +269,7 @@ class Tokenizer:
 
 def train_tokenizer(text, vocab_size):
     """Learn the merges of a byte-pair encoding of vocab_size tokens, specials included. Returns {bytes: rank}."""
-    from tiktoken._educational import bpe_train
+    from tiktoken._educational import bpe_train  # plain Python, a minute for a small text, and not needed afterwards
     return bpe_train(text, vocab_size - 3, PATTERN, visualise=None)
 
 
@@ -275,8 +282,8 @@ if __name__ == "__main__":
     model = GPT(GPTConfig(tokenizer.vocab_size, n_positions=64, n_layer=2, n_head=2, n_embd=64))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters; loss before training "
           f"{language_model_loss(model, tokens, mask):.2f}, ln V = {math.log(tokenizer.vocab_size):.2f}")
-    fit(model, lambda step: language_model_loss(model, tokens, mask), steps=40, lr=3e-3)
-    print(f"after 40 steps {language_model_loss(model, tokens, mask):.3f}")
+    fit(model, lambda step: language_model_loss(model, tokens, mask), steps=200, lr=3e-3)
+    print(f"after 200 steps {language_model_loss(model, tokens, mask):.3f}")
     prompt, prompt_mask = tokenizer.pad_rows([tokenizer.prompt("What is a policy?")], "left")
     sample = generate(model, prompt, prompt_mask, 30, tokenizer.end)
     print("it says:", tokenizer.decode(sample.tokens[0].tolist()))

@@ -8,10 +8,12 @@ deviation 1 on answers of the policy before RL: then beta, the price of KL, mean
 Mind that the centring is a constant baseline in disguise: with scores of mean 100 REINFORCE would be far noisier.
 Source: Bradley & Terry 1952; Ziegler et al. 2019; Stiennon et al. 2020.
 Left out: ensembles, margins, several epochs (a second one already overfits).
-Run `python reward.py`: the slides' two tables, with the scores of the last reward model that train.py made.
+Run `python reward.py [out/reward_model.pt]`: the slides' two tables, scored by the model that train.py left there.
 """
 import math
+import sys
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +69,7 @@ def pair_rows(pairs, tokenizer, max_tokens):
     return chosen, rejected, kinds
 
 
-def train_reward_model(model, pairs, tokenizer, max_tokens, lr=1e-3, batch_size=32, report=lambda step, loss: None):
+def train_reward_model(model, pairs, tokenizer, max_tokens, lr=7e-4, batch_size=32, report=lambda step, loss: None):
     """One epoch of the Bradley-Terry loss over the pairs, in their order. Returns how many pairs were dropped."""
     chosen, rejected, _ = pair_rows(pairs, tokenizer, max_tokens)
     device = model.mean.device
@@ -93,3 +95,50 @@ def pair_accuracy(model, pairs, tokenizer, max_tokens, batch_size=256):
         for kind, hit in zip(kinds[rows], (r_w > r_l).tolist()):
             hits[kind].append(hit)
     return {kind: (sum(h) / len(h), len(h)) for kind, h in sorted(hits.items())}
+
+
+# Slide "Reward for LLMs": how good is an answer, and which of two is better?
+TABLE = [
+    ("Where is Shanghai?", "Shanghai is a city in China.", "Shanghai does not exist."),
+    ("Explain gravity like I'm 5", "Gravity is what pulls things toward each other.", "Gravity is a famous restaurant."),
+    ("What is 2+2?", "It is 4.", "2+2 is a very complicated math problem..."),
+    ("Where is Shanghai?", "Shanghai is a city in China.", "Shanghai is a city in Peru."),
+    ("What is 2+2?", "2+2=4.", "2+2=5."),
+]
+
+
+def main(path):
+    """Print the tables; the scores are noise if no trained model lies at `path`. Returns the exit status."""
+    tokenizer = Tokenizer.load(Path(__file__).parent / "data" / "tokenizer.bpe")
+    if path.exists():
+        try:
+            saved = torch.load(path, weights_only=True)
+            model = RewardModel(GPT(GPTConfig(**saved["config"])))
+            model.load_state_dict(saved["model"])
+        except Exception as e:
+            print(f"reward.py: {path} is no reward model of train.py's ({type(e).__name__})", file=sys.stderr)
+            return 2
+    else:
+        model = RewardModel(GPT(GPTConfig(tokenizer.vocab_size)))
+        print(f"No model in {path}: the scores are an untrained model's, that is, noise. Run `python train.py` first.\n")
+
+    @torch.no_grad()
+    def score(question, answer):
+        return model(*tokenizer.pad_rows([tokenizer.prompt(question) + tokenizer.answer(answer)], "left")).item()
+
+    print("How good is this answer? Nobody knows the number, and the model's means nothing by itself.\n")
+    print(f"{'question':<28}{'answer':<50}{'people':>7}{'model':>8}")
+    for question, answer, _ in TABLE[:3]:
+        print(f"{question:<28}{answer:<50}{'???':>7}{score(question, answer):>8.2f}")
+    print("\nWhich of the two is better? That is easy to say, and all that the model was trained on (* its choice).\n")
+    print(f"{'question':<28}{'answer 1':<50}{'score':>6}   {'answer 2':<44}{'score':>6}")
+    for i, (question, *answers) in enumerate(TABLE):
+        answers = answers if i % 2 == 0 else answers[::-1]
+        scores = [score(question, a) for a in answers]
+        cells = [f"{s:6.2f}{'*' if s == max(scores) else ' '}" for s in scores]
+        print(f"{question:<28}{answers[0]:<50}{cells[0]}  {answers[1]:<44}{cells[1]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1] if len(sys.argv) > 1 else "out/reward_model.pt")))

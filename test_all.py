@@ -6,21 +6,29 @@ B * P(trajectory), so that the mean over the batch is the exact mean over the po
 Sizes all differ, rows have different lengths, and NaN or 1e9 stands after their ends: who looks there is found out.
 Run `python -m pytest -q test_all.py`.
 """
+import csv
+import inspect
 import itertools
 import math
 import random
+import re
 import statistics
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+import train
+from data.world import KINDS, VERDICTS, DataError, World, read_jsonl
 from gae import discounted_return, gae, grpo_advantage, n_step_advantage, reward_to_go, rloo_advantage, td_error
 from gpt import GPT, GPTConfig, Tokenizer, generate, language_model_loss, train_tokenizer
+from gridworld import GridWorld
 from ppo import (adapt_beta, average, clipped_loss, entropy, explained_variance, full_kl, importance_loss, kl_estimate,
                  log_probs, penalised_rewards, policy_gradient_loss, ppo_loss, score_at_end, value_loss, whiten)
 from reward import RewardModel, bradley_terry_loss, pair_rows
+from train import LADDER, Chat, load_tokenizer
 
 B, T, V = 3, 5, 7
 LENGTHS = (3, 5, 1)
@@ -417,7 +425,7 @@ def n_step(n, r, v, t):
 def test_n_step_advantages_are_the_lines_of_the_slide():
     """Slide "Advantage Function": [r_t + gamma r_{t+1} + .. + gamma^n V(s_{t+n})] - V(s_t), n past the end included."""
     for n in range(1, T + 3):
-        compare(partial(n_step_advantage, n), partial(n_step, n), GAMMA, atol=1e-6)
+        compare(partial(n_step_advantage, n), partial(n_step, n), GAMMA)
 
 
 def test_gae_is_the_discounted_sum_of_td_errors():
@@ -601,3 +609,207 @@ def test_rloo_keeps_the_gradient_unbiased():
     weight = 64 * P * rloo_advantage(R[actions], 3)
     loss = policy_gradient_loss(pi.log()[actions, None], weight[:, None], ones(192, 1))
     close(slope(loss, theta), -slope(pi @ R, theta))
+
+
+# ------------------------------------------------------------------ the little world (data/world.py)
+def test_every_answer_gets_the_verdict_it_was_written_for():
+    """Judge: an answer written to be right, wrong, evasive, nonsense, rude or garbled is judged to be just that."""
+    world, rng = World(1), random.Random(0)
+    for i in range(600):
+        fact = rng.choice(world.facts[KINDS[i % 3]])
+        verdict = VERDICTS[i % 6]
+        assert world.verdict(fact, world.write(rng, fact, verdict, world.facts)) == verdict
+
+
+def test_the_judge_knows_the_slides_answers_and_repetition_is_not_right():
+    """Judge, slide "Reward for LLMs": by hand, the last being what a policy without KL regularization comes to say."""
+    world = World(0)
+    for question, answer, verdict in [
+        ("Where is Shanghai?", "Shanghai is a city in China", "right"),
+        ("Where is Shanghai?", "Shanghai is a city in Peru.", "wrong"),
+        ("Where is Shanghai?", "Shanghai does not exist", "nonsense"),
+        ("Explain gravity like I'm 5", "Gravity is a famous restaurant", "nonsense"),
+        ("What is 2+2?", "2+2=4.", "right"),
+        ("What is 2+2?", "2+2=5.", "wrong"),
+        ("What is 2+2?", "It is 44.", "garbled"),
+        ("What is 2+2?", "2+2 is a very complicated math problem...", "evasive"),
+        ("How much is 1+2+3?", "1+2=3, 3+3=6.", "right"),
+        ("Where is Shanghai?", "Shanghai is a city in China China China.", "garbled"),
+    ]:
+        assert world.judge(question, answer) == verdict, (question, answer)
+
+
+def test_held_out_facts_never_occur_in_pairs_or_rl_prompts():
+    """Slide "Recap: REINFORCE": what is reported on held-out questions was never rewarded, not even as a wrong answer."""
+    world = World(3)
+    texts = [p[k] for p in world.preference_pairs(3000) for k in ("prompt", "chosen", "rejected")]
+    texts += world.questions(3000, "train", "any")
+    for fact in world.held_out["city"] + world.held_out["thing"]:
+        asked = {question for question, f in world.fact_of.items() if f == fact}
+        assert not asked & set(texts), fact
+        never = fact.name if fact.kind == "city" else fact.answer  # rust may be on iron, but iron is not explained
+        assert not any(never in text for text in texts), fact
+    train_sums = {"".join(sorted(f.name)) for f in world.train["sum"]}
+    assert not any("".join(sorted(f.name)) in train_sums for f in world.held_out["sum"]), "2+5 and 5+2 are one sum"
+
+
+def test_the_labeller_prefers_the_better_verdict_and_errs_in_the_stated_share():
+    """Slide "Reward Loss for LLMs": y_w is the better answer, but for the labeller's errors."""
+    world = World(0)
+
+    def wrong_way(pairs):
+        rank = [[VERDICTS.index(world.judge(p["prompt"], p[side])) for side in ("chosen", "rejected")] for p in pairs]
+        return sum(w > l for w, l in rank) / len(rank)
+
+    assert wrong_way(world.preference_pairs(1000, errors=0)) == 0
+    assert abs(wrong_way(world.preference_pairs(2000, errors=0.1)) - 0.1) < 4 * math.sqrt(0.1 * 0.9 / 2000)
+
+
+def test_the_same_seed_makes_the_same_world_and_another_seed_another():
+    """Everything drawn from the facts depends on the seed alone."""
+    a, b, c = World(0), World(0), World(1)
+    for text in (lambda w: w.pretraining_text(50), lambda w: w.demonstrations(50), lambda w: w.preference_pairs(50),
+                 lambda w: w.questions(50, "train", 7)):
+        assert text(a) == text(b) != text(c)
+
+
+def test_a_malformed_data_file_is_reported_by_file_line_and_field(tmp_path):
+    """Bad input: one line that says where."""
+    for text, complaint in [("Rome | Italy\nParis\n", "line 2"), ("Rome | \n", "line 1: the field 'country' is empty"),
+                            ("Rome | Italy\nRome | Italy\n", "line 2: 'Rome' stands there twice")]:
+        (tmp_path / "cities.txt").write_text(text)
+        with pytest.raises(DataError, match=complaint):
+            World(0, tmp_path)
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": 3}\n')
+    with pytest.raises(DataError, match="line 2: the field 'chosen'"):
+        read_jsonl(tmp_path / "pairs.jsonl", ["prompt", "chosen", "rejected"])
+
+
+# ------------------------------------------------------------------------- the grid (gridworld.py)
+def test_rewards_and_walls_are_the_slides():
+    """Slide "RL Toy Example": from (x, y), left, right, up, down; reward 0, -1 broom, -10 bathtub, +100 meat."""
+    world = GridWorld()
+    for (x, y), action, (nx, ny), reward in [((0, 0), 0, (0, 0), 0), ((0, 0), 2, (0, 0), 0), ((0, 0), 1, (1, 0), 0),
+                                             ((0, 0), 3, (0, 1), -1), ((3, 1), 3, (3, 2), -10), ((2, 2), 1, (3, 2), -10),
+                                             ((4, 3), 3, (4, 4), 100), ((3, 4), 1, (4, 4), 100), ((4, 2), 1, (4, 2), 0)]:
+        assert world.next[y * 5 + x, action] == ny * 5 + nx
+        assert world.reward[y * 5 + x, action] == reward
+
+
+def test_optimal_values_and_policy_values_agree_on_the_optimal_policy():
+    """Slide "RL Toy Example": V* from value iteration is V^pi of the policy that is greedy for it, and no more."""
+    world = GridWorld()
+    policy = world.new_policy()
+    best = world.optimal_values()
+    greedy = (world.reward + world.gamma * best[world.next]).argmax(1)
+    assert world.gold(policy) < 0.5
+    policy.logits.data = 50 * torch.nn.functional.one_hot(greedy, 4).float()
+    assert_close(world.policy_values(policy)[world.starts], best[world.starts], atol=1e-3, rtol=0)
+    steps_to_meat = 8
+    assert_close(best[0].item(), 100 * world.gamma ** (steps_to_meat - 1), atol=1e-3, rtol=0)
+
+
+# ------------------------------------------------------------- the loop and its table (train.py)
+def test_each_rung_differs_from_the_one_above_in_one_column():
+    """The ladder: REINFORCE, reward-to-go, baseline, GAE, several epochs, importance, clip, KL, adaptive KL."""
+    rungs = list(LADDER.values())[:9]
+    for above, below in zip(rungs, rungs[1:]):
+        assert sum(a != b for a, b in zip(above, below)) == 1
+
+
+def test_every_flag_is_used():
+    """Every option of the command line is read somewhere in train.py besides where it is declared."""
+    source = inspect.getsource(train)
+    flags = re.findall(r'add_argument\("--([a-z-]+)"', source)
+    assert len(flags) > 20
+    for flag in flags:
+        assert f"args.{flag.replace('-', '_')}" in source or f"a.{flag}" in source or f"given.{flag}" in source, flag
+
+
+@pytest.mark.parametrize("algo", list(LADDER))
+def test_every_rung_brings_the_cat_to_the_meat(algo, tmp_path, capsys):
+    """Slide "RL Toy Example": the same loop, every algorithm: the return nears the optimum's in a few steps."""
+    flags = ["--env", "gridworld", "--algo", algo, "--steps", "25", "--out", str(tmp_path)]
+    assert train.main(flags) == 0
+    gold = [float(row["gold"]) for row in csv.DictReader(open(tmp_path / f"gridworld-{algo}-0" / "metrics.csv"))]
+    assert gold[0] < 0.5 < 0.85 < gold[-1]
+
+
+def test_the_language_loop_runs_end_to_end_the_ratio_starts_at_1_and_a_seed_fixes_the_run(tmp_path, monkeypatch, capsys):
+    """Slides "Off-Policy Learning", "PPO": with untrained stages, twice: the same metrics, and no clipping at first."""
+    monkeypatch.setattr(train, "pretrain", lambda *a: None)
+    monkeypatch.setattr(train, "finetune", lambda *a: None)
+    monkeypatch.setattr(train, "train_reward_model", lambda *a, **k: 0)
+    monkeypatch.setattr(train, "pair_accuracy", lambda *a: {f"right > wrong, {kind}": (0.5, 1) for kind in KINDS})
+    ratios = []
+    clipped = train.LOSSES["clipped"]
+
+    def spy(logp, part, args):
+        ratios.append((logp - part["logp_old"])[part["mask"]].exp().detach())
+        return clipped(logp, part, args)
+
+    monkeypatch.setitem(train.LOSSES, "clipped", spy)
+    metrics = []
+    folder = tmp_path / "language-ppo-kl-0"
+    for _ in range(2):
+        flags = ["--algo", "ppo-kl", "--steps", "2", "--batch-size", "8", "--lr", "1e-3", "--out", str(tmp_path)]
+        assert train.main(flags) == 0
+        rows = list(csv.DictReader(open(folder / "metrics.csv")))
+        metrics.append([{k: v for k, v in row.items() if k != "seconds"} for row in rows])
+    files = {"metrics.csv", "config.json", "policy.pt", "samples.txt", "evaluation.json"}
+    assert {p.name for p in folder.iterdir()} == files
+    printed = capsys.readouterr().out
+    assert printed.count(" made in ") == printed.count(" reused from ") == 3
+    assert metrics[0] == metrics[1]
+    assert_close(ratios[0], torch.ones_like(ratios[0]), atol=1e-4, rtol=0)
+    assert (ratios[1] - 1).abs().max() > 1e-3
+
+
+def test_an_unfinished_answer_earns_a_fixed_low_score():
+    """Trajectory for LLMs: an answer cut off by the limit earns UNFINISHED, whatever the reward model says."""
+    world = World(0)
+    tokenizer = load_tokenizer(world)
+    torch.manual_seed(0)
+    policy = GPT(GPTConfig(tokenizer.vocab_size, 64, 1, 2, 16))
+    chat = Chat(world, tokenizer, RewardModel(policy), train.parse(["--reward", "model"]))
+    batch, answers = chat.answer(policy, world.questions(6, "train", 0))
+    assert not any(a["finished"] for a in answers), "an untrained model says <|end|> once in 1500 tokens"
+    assert [a["score"] for a in answers] == [train.UNFINISHED] * 6
+    assert_close(batch["rewards"][:, -1], torch.full((6,), train.UNFINISHED))
+
+
+@pytest.mark.parametrize("flags", [
+    "--algo nonsense", "--steps 0", "--batch-size -4", "--batch-size 7 --algo ppo", "--lr nan", "--lr -1", "--gamma 1.5",
+    "--lam nan", "--beta -1", "--clip inf", "--temperature 0", "--kl-target 0", "--weight rloo", "--group 3 --batch-size 8",
+    "--device cuda", "--out /proc/nowhere", "--env gridworld --reward verifier", "--epochs 0", "--minibatches 0", "--seed x",
+])
+def test_bad_input_gets_one_line_and_status_2(flags, capsys, tmp_path, monkeypatch):
+    """Bad input: one line on stderr that says what to do, exit status 2, no traceback, nothing written."""
+    monkeypatch.chdir(tmp_path)
+    if flags == "--device cuda" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags.split())
+    assert stop.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()[-1]) > 20
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_diverging_run_stops_with_the_last_good_policy(tmp_path, monkeypatch, capsys):
+    """A loss that is no number stops the run, says where and why, and the policy of the step before is kept."""
+    monkeypatch.setitem(train.LOSSES, "policy-gradient", lambda logp, part, args: logp.sum() * NAN)
+    assert train.main(["--env", "gridworld", "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "step 0" in error and "learning rate" in error
+    saved = torch.load(tmp_path / "gridworld-reinforce-0" / "policy.pt", weights_only=True)
+    assert all(torch.isfinite(p).all() for p in saved.values())
+
+
+def test_imports_run_one_way_and_every_load_is_weights_only():
+    """The house: gpt, gae and gridworld know nobody, ppo and reward at most one sibling."""
+    allowed = {"gpt": set(), "gae": set(), "gridworld": set(), "ppo": {"gae"}, "reward": {"gpt"}}
+    for name, siblings in allowed.items():
+        source = (Path(train.__file__).parent / f"{name}.py").read_text()
+        imported = set(re.findall(r"^(?:from|import) (\w+)", source, re.MULTILINE))
+        assert imported & {"gpt", "gae", "ppo", "reward", "gridworld", "train", "data"} <= siblings
+        assert source.count("torch.load(") == source.count("weights_only=True")

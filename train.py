@@ -225,7 +225,7 @@ def progress(name, steps):
 
 
 def load_tokenizer(world):
-    """The tokenizer of data/tokenizer.bpe: a token in base64 and its rank on each line. Trained if it is not there."""
+    """The tokenizer of data/tokenizer.bpe, which is trained if it is not there."""
     path = DATA / "tokenizer.bpe"
     if not path.exists():
         print("tokenizer: training it takes a minute")
@@ -233,8 +233,7 @@ def load_tokenizer(world):
         lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
         write_beside(path, lambda temporary: temporary.write_text("".join(lines)))
     try:
-        rows = [line.split() for line in path.read_text().splitlines()]
-        return Tokenizer({base64.b64decode(token): int(rank) for token, rank in rows})
+        return Tokenizer.load(path)
     except ValueError as e:
         raise DataError(f"{path} is damaged ({e}): delete it, and it is trained again") from None
 
@@ -356,6 +355,8 @@ def prepare_chat(args):
     before, _ = chat.answer(model, world.questions(500, "train", "normalise"))
     judge.normalise(torch.cat((before["prompt"], before["actions"]), 1), torch.cat((before["prompt_mask"], before["mask"]), 1))
     chat.reseed(args.seed)
+    saved = {"config": vars(model.config), "model": judge.state_dict()}
+    write_beside(args.out / "reward_model.pt", lambda path: torch.save(saved, path))
     return chat, model, held_out_lines
 
 

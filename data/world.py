@@ -11,6 +11,7 @@ Run `python -m data.world`: a few lines of each kind of text.
 import json
 import random
 import zlib
+from functools import cache
 from itertools import accumulate, product
 from pathlib import Path
 from typing import NamedTuple
@@ -113,8 +114,6 @@ class World:
             unseen = set(random.Random(f"{seed} split {kind}").sample(groups, len(groups) // 5))
             self.train[kind] = [f for f in facts if self.group(f) not in unseen]
             self.held_out[kind] = [f for f in facts if self.group(f) in unseen]
-        self.right_answers = {kind: {fill(t, f).rstrip(".") for f in facts for t in RIGHT[kind]}
-                              for kind, facts in self.facts.items()}
         self.fact_of = {fill(q, f): f for kind in KINDS for f in self.facts[kind] for q in QUESTIONS[kind]}
 
     @staticmethod
@@ -174,14 +173,14 @@ class World:
     def preference_pairs(self, n, split="train", errors=0.05, seed=0):
         """n judgements of a labeller who prefers the better verdict and errs in a share of `errors`.
 
-        Dictionaries with prompt, chosen, rejected and what is compared (`kind`, for reports only). Half of them put
-        a right answer beside a wrong one, the hardest comparison. Wrong answers name facts of the same split only."""
+        Dictionaries with prompt, chosen, rejected and what is compared (`kind`, for reports only). More
+        than half put a right answer beside a wrong one, the hardest comparison. Wrong answers name facts of the same split only."""
         rng = random.Random(f"{self.seed} pairs {split} {seed}")
         facts = getattr(self, split)
         pairs = []
-        for kind in rng.choices(KINDS, [25, 15, 60], k=n):  # sums are the hardest to tell apart
+        for kind in rng.choices(KINDS, [35, 20, 45], k=n):  # sums are the hardest to tell apart
             fact = rng.choice(facts[kind])
-            better, worse = rng.choices([(0, 1), (0, 5), sorted(rng.sample(range(6), 2))], [50, 25, 25])[0]
+            better, worse = rng.choices([(0, 1), (0, 5), sorted(rng.sample(range(5), 2))], [55, 20, 25])[0]
             chosen, rejected = (self.write(rng, fact, VERDICTS[v], facts) for v in (better, worse))
             if rng.random() < errors:
                 chosen, rejected = rejected, chosen
@@ -199,23 +198,18 @@ class World:
 
     def verdict(self, fact, answer):
         """The verdict on an answer to a question about the fact."""
-        said = answer.strip().rstrip(".")
+        return self.sayings(fact).get(answer.strip().rstrip("."), "garbled")
 
-        def says(templates, other=None):
-            return said in [fill(t, fact, other).rstrip(".") for t in templates]
-
-        if says(RIGHT[fact.kind]):
-            return "right"
-        if says(EVASIVE[fact.kind]):
-            return "evasive"
-        if says(NONSENSE):
-            return "nonsense"
-        if says(RUDE):
-            return "rude"
-        if said in self.right_answers[fact.kind]:
-            return "wrong"
-        others = (fact._replace(answer=str(n)) for n in range(30)) if fact.kind == "sum" else self.facts[fact.kind]
-        return "wrong" if any(says(RIGHT[fact.kind], other) for other in others) else "garbled"
+    @cache
+    def sayings(self, fact):
+        """All that people say to a question about the fact: {answer without its full stops: verdict}."""
+        others = [fact._replace(answer=str(n)) for n in range(30)] if fact.kind == "sum" else self.facts[fact.kind]
+        said = {fill(t, f): "wrong" for f in self.facts[fact.kind] for t in RIGHT[fact.kind]}  # to another question
+        said |= {fill(t, fact, other): "wrong" for other in others for t in RIGHT[fact.kind]}
+        for verdict, templates in [("rude", RUDE), ("nonsense", NONSENSE), ("evasive", EVASIVE[fact.kind]),
+                                   ("right", RIGHT[fact.kind])]:
+            said |= {fill(t, fact): verdict for t in templates}
+        return {answer.rstrip("."): verdict for answer, verdict in said.items()}
 
 
 def write_jsonl(path, rows):
