@@ -81,7 +81,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The transformer body. Parameter names are GPT-2's, so that its checkpoint fits."""
+    """The transformer body and its three heads. Names are GPT-2's, whose linear layers are stored transposed."""
 
     def __init__(self, config):
         super().__init__()
@@ -126,7 +126,7 @@ class GPT(nn.Module):
         return self.ln_f(x)                                                       # (B, T, C)
 
     def logits(self, h):
-        """(..., C) -> (..., V): scores of the next token. The weights are the embeddings' (tied), less the pad's row."""
+        """(..., C) -> (..., V): scores of the next token, with the embeddings as weights (tied), less the pad's."""
         return F.linear(h, self.wte.weight[:self.config.vocab_size])
 
     def value(self, h):
@@ -241,15 +241,18 @@ class Tokenizer:
     def load(cls, path):
         """From a file in tiktoken's format: on each line a token in base64 and its rank. Raises ValueError, OSError."""
         rows = [line.split() for line in path.read_text().splitlines()]
-        return cls({base64.b64decode(token, validate=True): int(rank) for token, rank in rows})
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in rows}
+        if list(ranks.values()) != list(range(len(rows))) or not all(bytes([i]) in ranks for i in range(256)):
+            raise ValueError("its tokens are not all 256 bytes and then merges, ranked 0, 1, 2, ...")
+        return cls(ranks)
 
     def encode(self, text):
         """Text -> list of tokens. A space goes before it, so that a word is the same token wherever it stands."""
         return self.encoding.encode_ordinary(" " + text)  # ordinary: a special token's name in the text is text
 
     def decode(self, tokens):
-        """List of tokens -> text, without the tokens that are not text."""
-        return self.encoding.decode([t for t in tokens if t < self.user]).removeprefix(" ")
+        """List of tokens -> text, without end and pad; a turn token where none belongs is shown by its name."""
+        return self.encoding.decode([t for t in tokens if t not in (self.end, self.pad)]).removeprefix(" ")
 
     def prompt(self, question):
         """The question as the policy sees it: <|user|> question <|assistant|>."""

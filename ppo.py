@@ -29,8 +29,7 @@ def average(x, mask, over="trajectory"):
     """The mean of (B, T) in a loss: which number is divided by?
 
     'trajectory', the slides' 1/|D| sum_tau sum_t: sum over the steps, mean over the B trajectories.
-    'token': one mean over all real steps of the batch. Short and long answers then share one step size, so a step in
-        a long answer counts as much as before but the number divided by changes from batch to batch.
+    'token': divided by the number of real steps in the batch instead, which changes from batch to batch.
     'answer' (GRPO): mean over the steps of each trajectory, then over trajectories: long answers count less per step.
     """
     assert x.shape == mask.shape
@@ -62,7 +61,7 @@ def importance_loss(logp, logp_old, adv, mask, over="trajectory"):
     so it is unbiased only while the two policies are the same, and good while they are close."""
     assert logp.shape == logp_old.shape == adv.shape == mask.shape
     adv = adv.detach().masked_fill(~mask, 0)             # (B, T)
-    ratio = torch.exp(logp - logp_old.detach())          # (B, T)
+    ratio = torch.exp((logp - logp_old.detach()).masked_fill(~mask, 0))  # (B, T)
     return -average(ratio * adv, mask, over)             # minus: torch minimises, we maximise
 
 
@@ -74,7 +73,7 @@ def clipped_loss(logp, logp_old, adv, mask, clip=0.2, over="trajectory"):
     more, what made it worse is never hidden."""
     assert logp.shape == logp_old.shape == adv.shape == mask.shape
     adv = adv.detach().masked_fill(~mask, 0)                                          # (B, T)
-    ratio = torch.exp(logp - logp_old.detach())                                       # (B, T)
+    ratio = torch.exp((logp - logp_old.detach()).masked_fill(~mask, 0))               # (B, T)
     objective = torch.min(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv)         # (B, T)
     return -average(objective, mask, over)                                            # minus: torch minimises
 
@@ -94,11 +93,11 @@ def entropy(logits):
     return -(logp.exp() * logp).sum(-1)
 
 
-def ppo_loss(policy_loss, value_loss, entropy, c1=0.1, c2=0.0):
+def ppo_loss(L_policy, L_VF, L_entropy, c1=0.1, c2=0.0):
     """Overall: L_PPO = L_policy + c1 L_VF - c2 L_entropy, three scalars that are averaged alike.
 
     L_policy comes here with its minus sign already. The entropy's sign: more of it is to make the loss smaller."""
-    return policy_loss + c1 * value_loss - c2 * entropy
+    return L_policy + c1 * L_VF - c2 * L_entropy
 
 
 # Slide "Regularization" ---------------------------------------------------------------------------
@@ -107,7 +106,8 @@ def kl_estimate(logp, logp_ref, estimator="k1"):
 
     With r = pi_ref / pi:  k1 = -log r,  k2 = (log r)^2 / 2,  k3 = r - 1 - log r.
     Values: k1 and k3 are unbiased, k3 with less variance and never negative; k2 is biased, a little.
-    As a *loss* on fresh samples: E[grad k1] = 0, E[grad k2] = grad KL(pi || pi_ref), E[grad k3] = grad KL(pi_ref || pi)."""
+    As a *loss* on fresh samples: E[grad k1] = 0 (it does nothing!), E[grad k2] = grad KL(pi || pi_ref),
+    E[grad k3] = grad KL(pi_ref || pi)."""
     assert logp.shape == logp_ref.shape
     log_r = logp_ref - logp                              # (B, T)
     if estimator == "k1":
@@ -121,7 +121,8 @@ def kl_estimate(logp, logp_ref, estimator="k1"):
 def full_kl(logits, logits_ref):
     """KL(pi || pi_ref) = sum_a pi(a) (log pi(a) - log pi_ref(a)) over the whole vocabulary: k1 without sampling noise.
 
-    logits, logits_ref (B, T, V). Returns (B, T) in nats."""
+    logits, logits_ref (B, T, V). Returns (B, T) in nats. As a loss, its gradient leaves out that a token now leads to
+    other states later; the KL in the reward has it."""
     assert logits.shape == logits_ref.shape
     logp = torch.log_softmax(logits, -1)                 # (B, T, V)
     logp_ref = torch.log_softmax(logits_ref, -1)         # (B, T, V)
@@ -131,7 +132,7 @@ def full_kl(logits, logits_ref):
 def score_at_end(score, mask):
     """Trajectory for LLMs: the reward model's score (B,) is the reward of the last real token (B, T), all else 0."""
     last = mask & (mask.long().cumsum(1) == mask.sum(1, keepdim=True))   # (B, T), not the first pad after it
-    return score[:, None] * last
+    return torch.where(last, score[:, None], 0)
 
 
 def penalised_rewards(rewards, logp, logp_ref, mask, beta, estimator="k1"):
@@ -147,7 +148,7 @@ def adapt_beta(beta, kl, target, n, horizon=10_000):
 
     kl, target in nats a trajectory, n trajectories since the last call. Too far from pi_ref: dearer. Returns beta."""
     error = min(max(kl / target - 1, -0.2), 0.2)
-    return beta * (1 + error * n / horizon)
+    return beta * (1 + error * min(n / horizon, 1))  # min: a batch beyond the horizon must not turn beta negative
 
 
 # Not on the slides --------------------------------------------------------------------------------
@@ -176,4 +177,4 @@ if __name__ == "__main__":
             slope, = torch.autograd.grad(-loss, logp)
             row += f"  {-loss.item():9.2f} {slope.item():7.2f}"
         print(row)
-    print("\nA > 0: no reward for going beyond 1 + eps. A < 0: none for going below 1 - eps. Wrong moves are never clipped.")
+    print("\nA > 0: nothing to gain beyond 1 + eps. A < 0: nothing below 1 - eps. Wrong moves are never clipped.")

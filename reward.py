@@ -100,7 +100,8 @@ def pair_accuracy(model, pairs, tokenizer, max_tokens, batch_size=256):
 # Slide "Reward for LLMs": how good is an answer, and which of two is better?
 TABLE = [
     ("Where is Shanghai?", "Shanghai is a city in China.", "Shanghai does not exist."),
-    ("Explain gravity like I'm 5", "Gravity is what pulls things toward each other.", "Gravity is a famous restaurant."),
+    ("Explain gravity like I'm 5", "Gravity is what pulls things toward each other.",
+     "Gravity is a famous restaurant."),
     ("What is 2+2?", "It is 4.", "2+2 is a very complicated math problem..."),
     ("Where is Shanghai?", "Shanghai is a city in China.", "Shanghai is a city in Peru."),
     ("What is 2+2?", "2+2=4.", "2+2=5."),
@@ -109,10 +110,14 @@ TABLE = [
 
 def main(path):
     """Print the tables; the scores are noise if no trained model lies at `path`. Returns the exit status."""
-    tokenizer = Tokenizer.load(Path(__file__).parent / "data" / "tokenizer.bpe")
+    try:
+        tokenizer = Tokenizer.load(Path(__file__).parent / "data" / "tokenizer.bpe")
+    except (OSError, ValueError) as e:
+        print(f"reward.py: no tokenizer ({e}): run `python train.py` first", file=sys.stderr)
+        return 2
     if path.exists():
         try:
-            saved = torch.load(path, weights_only=True)
+            saved = torch.load(path, map_location="cpu", weights_only=True)
             model = RewardModel(GPT(GPTConfig(**saved["config"])))
             model.load_state_dict(saved["model"])
         except Exception as e:
@@ -120,7 +125,7 @@ def main(path):
             return 2
     else:
         model = RewardModel(GPT(GPTConfig(tokenizer.vocab_size)))
-        print(f"No model in {path}: the scores are an untrained model's, that is, noise. Run `python train.py` first.\n")
+        print(f"No model in {path}: these scores are noise, an untrained model's. Run `python train.py` first.\n")
 
     @torch.no_grad()
     def score(question, answer):

@@ -115,11 +115,11 @@ def test_the_tokenizer_gives_every_text_back():
     tokenizer = Tokenizer(train_tokenizer("the cat eats the meat, the cat eats the fish. " * 3, 270))
     random.seed(0)
     letters = [chr(i) for i in range(1, 0x30000) if not 0xD800 <= i < 0xE000]  # surrogates are no text
-    texts = ["", "the cat", " leading", "  ", "\nlines\n \t", "e\u0301 漢字", "🙂👩‍👩‍👧 12", "<|end|>", "a<|pad|> <|user|>"]
+    texts = ["", "the cat", " leading", "  ", "\nlines\n \t", "e\u0301 漢字", "🙂👩‍👩‍👧 12", "<|end|>"]
     texts += ["".join(random.choices(letters, k=40)) for _ in range(20)]
     for text in texts:
         assert tokenizer.decode(tokenizer.encode(text)) == text
-        assert tokenizer.decode(tokenizer.prompt(text)) == text
+        assert tokenizer.decode(tokenizer.prompt(text)) == f"<|user|> {text}<|assistant|>"
         assert tokenizer.decode(tokenizer.answer(text) + [tokenizer.pad]) == text
     assert len(tokenizer.encode("the the")) == 2  # a word is one token, at the start of a text too
 
@@ -640,7 +640,7 @@ def test_the_judge_knows_the_slides_answers_and_repetition_is_not_right():
 
 
 def test_held_out_facts_never_occur_in_pairs_or_rl_prompts():
-    """Slide "Recap: REINFORCE": what is reported on held-out questions was never rewarded, not even as a wrong answer."""
+    """Slide "Recap: REINFORCE": what is reported as held out was never judged, not even as a wrong answer."""
     world = World(3)
     texts = [p[k] for p in world.preference_pairs(3000) for k in ("prompt", "chosen", "rejected")]
     texts += world.questions(3000, "train", "any")
@@ -649,8 +649,10 @@ def test_held_out_facts_never_occur_in_pairs_or_rl_prompts():
         assert not asked & set(texts), fact
         never = fact.name if fact.kind == "city" else fact.answer  # rust may be on iron, but iron is not explained
         assert not any(never in text for text in texts), fact
-    train_sums = {"".join(sorted(f.name)) for f in world.train["sum"]}
-    assert not any("".join(sorted(f.name)) in train_sums for f in world.held_out["sum"]), "2+5 and 5+2 are one sum"
+    text = "\n".join(texts)
+    for a, b in (f.name.split("+") for f in world.held_out["sum"] if f.name.count("+") == 1):
+        for name in (rf"{a}\+{b}", rf"{b}\+{a}"):  # nor as a step of a longer sum
+            assert not re.search(rf"(?<![\d+]){name}(?!\d)", text), name
 
 
 def test_the_labeller_prefers_the_better_verdict_and_errs_in_the_stated_share():
@@ -680,7 +682,8 @@ def test_a_malformed_data_file_is_reported_by_file_line_and_field(tmp_path):
         (tmp_path / "cities.txt").write_text(text)
         with pytest.raises(DataError, match=complaint):
             World(0, tmp_path)
-    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": 3}\n')
+    lines = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": 3}\n'
+    (tmp_path / "pairs.jsonl").write_text(lines)
     with pytest.raises(DataError, match="line 2: the field 'chosen'"):
         read_jsonl(tmp_path / "pairs.jsonl", ["prompt", "chosen", "rejected"])
 
@@ -689,9 +692,11 @@ def test_a_malformed_data_file_is_reported_by_file_line_and_field(tmp_path):
 def test_rewards_and_walls_are_the_slides():
     """Slide "RL Toy Example": from (x, y), left, right, up, down; reward 0, -1 broom, -10 bathtub, +100 meat."""
     world = GridWorld()
-    for (x, y), action, (nx, ny), reward in [((0, 0), 0, (0, 0), 0), ((0, 0), 2, (0, 0), 0), ((0, 0), 1, (1, 0), 0),
-                                             ((0, 0), 3, (0, 1), -1), ((3, 1), 3, (3, 2), -10), ((2, 2), 1, (3, 2), -10),
-                                             ((4, 3), 3, (4, 4), 100), ((3, 4), 1, (4, 4), 100), ((4, 2), 1, (4, 2), 0)]:
+    for (x, y), action, (nx, ny), reward in [
+        ((0, 0), 0, (0, 0), 0), ((0, 0), 2, (0, 0), 0), ((0, 0), 1, (1, 0), 0),
+        ((0, 0), 3, (0, 1), -1), ((3, 1), 3, (3, 2), -10), ((2, 2), 1, (3, 2), -10),
+        ((4, 3), 3, (4, 4), 100), ((3, 4), 1, (4, 4), 100), ((4, 2), 1, (4, 2), 0),
+    ]:
         assert world.next[y * 5 + x, action] == ny * 5 + nx
         assert world.reward[y * 5 + x, action] == reward
 
@@ -710,6 +715,14 @@ def test_optimal_values_and_policy_values_agree_on_the_optimal_policy():
 
 
 # ------------------------------------------------------------- the loop and its table (train.py)
+def test_an_answer_with_a_turn_token_in_it_or_without_an_end_is_never_right():
+    """Judge: what the reader sees is what is judged, and an answer that the limit cut off is not finished."""
+    world, tokenizer = World(0), load_tokenizer()
+    said = tokenizer.decode([tokenizer.user] + tokenizer.answer("It is 4."))
+    assert world.judge("What is 2+2?", said) == "garbled"
+    assert world.judge("What is 2+2?", tokenizer.decode(tokenizer.answer("It is 4."))) == "right"
+
+
 def test_each_rung_differs_from_the_one_above_in_one_column():
     """The ladder: REINFORCE, reward-to-go, baseline, GAE, several epochs, importance, clip, KL, adaptive KL."""
     rungs = list(LADDER.values())[:9]
@@ -735,7 +748,7 @@ def test_every_rung_brings_the_cat_to_the_meat(algo, tmp_path, capsys):
     assert gold[0] < 0.5 < 0.85 < gold[-1]
 
 
-def test_the_language_loop_runs_end_to_end_the_ratio_starts_at_1_and_a_seed_fixes_the_run(tmp_path, monkeypatch, capsys):
+def test_the_language_loop_runs_the_ratio_starts_at_1_and_a_seed_fixes_the_run(tmp_path, monkeypatch, capsys):
     """Slides "Off-Policy Learning", "PPO": with untrained stages, twice: the same metrics, and no clipping at first."""
     monkeypatch.setattr(train, "pretrain", lambda *a: None)
     monkeypatch.setattr(train, "finetune", lambda *a: None)
@@ -768,7 +781,7 @@ def test_the_language_loop_runs_end_to_end_the_ratio_starts_at_1_and_a_seed_fixe
 def test_an_unfinished_answer_earns_a_fixed_low_score():
     """Trajectory for LLMs: an answer cut off by the limit earns UNFINISHED, whatever the reward model says."""
     world = World(0)
-    tokenizer = load_tokenizer(world)
+    tokenizer = load_tokenizer()
     torch.manual_seed(0)
     policy = GPT(GPTConfig(tokenizer.vocab_size, 64, 1, 2, 16))
     chat = Chat(world, tokenizer, RewardModel(policy), train.parse(["--reward", "model"]))
@@ -779,9 +792,11 @@ def test_an_unfinished_answer_earns_a_fixed_low_score():
 
 
 @pytest.mark.parametrize("flags", [
-    "--algo nonsense", "--steps 0", "--batch-size -4", "--batch-size 7 --algo ppo", "--lr nan", "--lr -1", "--gamma 1.5",
-    "--lam nan", "--beta -1", "--clip inf", "--temperature 0", "--kl-target 0", "--weight rloo", "--group 3 --batch-size 8",
-    "--device cuda", "--out /proc/nowhere", "--env gridworld --reward verifier", "--epochs 0", "--minibatches 0", "--seed x",
+    "--algo nonsense", "--unknown 3", "--seed x", "--seed -1", "--steps 0", "--batch-size -4", "--epochs 0",
+    "--minibatches 0", "--batch-size 7 --algo ppo", "--group 3 --batch-size 8", "--weight rloo", "--lr nan", "--lr -1",
+    "--gamma 1.5", "--lam nan", "--beta -1", "--clip inf", "--temperature 0", "--kl reward --kl-target 0",
+    "--kl-target 3", "--device cuda", "--out /proc/nowhere", "--env gridworld --reward verifier",
+    "--env gridworld --gamma 1",
 ])
 def test_bad_input_gets_one_line_and_status_2(flags, capsys, tmp_path, monkeypatch):
     """Bad input: one line on stderr that says what to do, exit status 2, no traceback, nothing written."""
@@ -791,7 +806,7 @@ def test_bad_input_gets_one_line_and_status_2(flags, capsys, tmp_path, monkeypat
     with pytest.raises(SystemExit) as stop:
         train.main(flags.split())
     assert stop.value.code == 2
-    assert len(capsys.readouterr().err.strip().splitlines()[-1]) > 20
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 

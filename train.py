@@ -29,7 +29,8 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from data.world import KINDS, VERDICTS, DataError, World, read_jsonl, write_jsonl
+from data.world import (KINDS, QUESTIONS, RIGHT, STATEMENTS, VERDICTS, DataError, World, fill, read_jsonl,
+                        write_jsonl)
 from gae import discounted_return, gae, grpo_advantage, reward_to_go, rloo_advantage
 from gpt import GPT, GPTConfig, Tokenizer, fit, generate, language_model_loss, train_tokenizer
 from gridworld import GridWorld
@@ -42,7 +43,7 @@ from reward import RewardModel, pair_accuracy, train_reward_model
 class Algorithm(NamedTuple):
     weight: str            # what multiplies each log-prob
     loss: str
-    epochs: int            # passes over one batch of trajectories; one epoch is one step on the whole batch
+    epochs: int            # passes over one batch: one is one step on the whole batch, several run over minibatches
     kl: str = "none"       # where the KL to the frozen reference goes
     kl_target: Optional[float] = None  # nats a trajectory to which beta is steered; None: beta is fixed
     kl_estimator: str = "k1"
@@ -68,7 +69,7 @@ LADDER = {
 }
 WEIGHTS = {  # rewards r, values V, mask m, value after the last step v, the flags a -> (B, T)
     "return": lambda r, V, m, v, a: discounted_return(r, m, a.gamma)[:, None].expand_as(r),
-    "reward-to-go": lambda r, V, m, v, a: reward_to_go(r, m, a.gamma),
+    "reward-to-go": lambda r, V, m, v, a: reward_to_go(r, m, a.gamma, v),
     "baseline": lambda r, V, m, v, a: reward_to_go(r, m, a.gamma, v) - V,
     "gae": lambda r, V, m, v, a: gae(r, V, m, a.gamma, a.lam, v),
     "rloo": lambda r, V, m, v, a: rloo_advantage(discounted_return(r, m, a.gamma), a.group)[:, None].expand_as(r),
@@ -113,12 +114,12 @@ def reinforce(world, policy, args, report):
                 part = {name: x[rows.to(x.device)] for name, x in batch.items()}
 
                 # 3. Use the samples to approximate the policy gradient
-                logits, V = world.logits_and_values(policy, part)           # (b, T, V), (b, T)
+                logits, values_now = world.logits_and_values(policy, part)  # (b, T, V), (b, T)
                 logp = log_probs(logits, part["actions"])                   # (b, T)
-                H = entropy(logits)                                         # (b, T)
+                uncertainty = entropy(logits)                               # (b, T)
                 loss = ppo_loss(LOSSES[args.loss](logp, part, args),
-                                value_loss(V, part["target"], part["mask"], args.average),
-                                average(H, part["mask"], args.average), c1, args.entropy_coef)
+                                value_loss(values_now, part["target"], part["mask"], args.average),
+                                average(uncertainty, part["mask"], args.average), c1, args.entropy_coef)
                 if args.kl == "loss":
                     kl = kl_estimate(logp, part["logp_ref"], args.kl_estimator)                      # (b, T)
                     loss = loss + beta * average(kl, part["mask"], args.average)
@@ -137,11 +138,14 @@ def reinforce(world, policy, args, report):
                 optimizer.step()
                 ratio = (logp - part["logp_old"]).exp()                     # (b, T)
                 outside = ((ratio - 1).abs() > args.clip).float()           # (b, T)
-                track.append(torch.stack([average(x.detach(), part["mask"], "token") for x in (H, outside)]))
+                drift = kl_estimate(part["logp_old"], logp, "k3")           # (b, T)  KL(pi_old || pi)
+                watched = (uncertainty, outside, drift)
+                track.append(torch.stack([average(x.detach(), part["mask"], "token") for x in watched]))
 
         kl = average(logp_old - logp_ref, mask).item()  # k1, nats a trajectory: a sum over its steps, so mean over rows
-        H, clip_fraction = torch.stack(track).mean(0).tolist()
-        report(step, summary | {"kl": kl, "entropy": H, "clip_fraction": clip_fraction, "beta": beta,
+        uncertainty, outside, drift = torch.stack(track).mean(0).tolist()
+        report(step, summary | {"kl": kl, "entropy": uncertainty, "clip_fraction": outside,
+                                "approx_kl": drift, "beta": beta,
                                 "explained_variance": explained_variance(values, target, mask).item()})
         if args.kl_target is not None:
             beta = adapt_beta(beta, kl, args.kl_target, args.batch_size, horizon=500)
@@ -149,8 +153,13 @@ def reinforce(world, policy, args, report):
 
 
 # ------------------------------------------------------------------------------ the language world
-MAX_NEW_TOKENS = 20  # longest answer; the longest right one has 19
+MAX_NEW_TOKENS = 24  # longest answer, its end token included
 UNFINISHED = -2.0    # score of an answer that the limit cut off: two standard deviations below the answers before RL
+
+
+def question_and_answer(batch):
+    """The whole text of each trajectory: tokens (B, P + T) and mask (B, P + T)."""
+    return torch.cat((batch["prompt"], batch["actions"]), 1), torch.cat((batch["prompt_mask"], batch["mask"]), 1)
 
 
 class Chat:
@@ -186,7 +195,8 @@ class Chat:
                                               self.temperature, self.generator)              # (B, T) each
         finished = (tokens == tokenizer.end).any(1)                                          # (B,)
         texts = [tokenizer.decode(row) for row in tokens.tolist()]
-        verdicts = [self.world.judge(q, a) for q, a in zip(questions, texts)]
+        verdicts = [self.world.judge(*said) if done else "garbled"  # an answer that the limit cut off is never right
+                    for done, *said in zip(finished.tolist(), questions, texts)]
         if self.verifier:
             score = torch.tensor([float(v == "right") for v in verdicts], device=self.device)  # (B,)
         else:
@@ -202,7 +212,7 @@ class Chat:
     def logits_and_values(self, policy, batch):
         """The policy's logits (B, T, V) and values (B, T) in the state before each action of the trajectories."""
         P = batch["prompt"].shape[1]
-        h = policy(torch.cat((batch["prompt"], batch["actions"]), 1), torch.cat((batch["prompt_mask"], batch["mask"]), 1))
+        h = policy(*question_and_answer(batch))
         h = h[:, P - 1:-1]  # shifted by one: the hidden state at t - 1 chose token t              (B, T, C)
         return policy.logits(h) / self.temperature, policy.value(h)
 
@@ -224,17 +234,17 @@ def progress(name, steps):
     return report
 
 
-def load_tokenizer(world):
+def load_tokenizer():
     """The tokenizer of data/tokenizer.bpe, which is trained if it is not there."""
     path = DATA / "tokenizer.bpe"
     if not path.exists():
         print("tokenizer: training it takes a minute")
-        ranks = train_tokenizer(world.tokenizer_text(), vocab_size=1536)
+        ranks = train_tokenizer(World(0).tokenizer_text(), vocab_size=1536)  # one tokenizer for all seeds
         lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
         write_beside(path, lambda temporary: temporary.write_text("".join(lines)))
     try:
         return Tokenizer.load(path)
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         raise DataError(f"{path} is damaged ({e}): delete it, and it is trained again") from None
 
 
@@ -245,7 +255,7 @@ def pretrain(model, tokenizer, lines, seed, steps=800, batch_size=16, lr=4e-3):
     device = model.wte.weight.device
 
     def loss_of_step(step):
-        starts = torch.randint(len(stream) - CONTEXT, (batch_size, 1), generator=pick)     # (B, 1)
+        starts = torch.randint(len(stream) - CONTEXT + 1, (batch_size, 1), generator=pick)     # (B, 1)
         tokens = stream[starts + torch.arange(CONTEXT)].to(device)                         # (B, T)
         return language_model_loss(model, tokens, torch.ones_like(tokens, dtype=torch.bool))
 
@@ -262,7 +272,8 @@ def finetune(model, tokenizer, demonstrations, lines, batch_size=32, lr=3e-3):
     steps = len(rows) // batch_size
 
     def loss_of_step(step):
-        chunk = rows[step * batch_size:(step + 1) * batch_size] + text[step * batch_size // 4:(step + 1) * batch_size // 4]
+        here, there = step * batch_size, (step + 1) * batch_size
+        chunk = rows[here:there] + text[here // 4:there // 4]
         tokens, mask = tokenizer.pad_rows([given + said for given, said in chunk], "right", device)      # (B, T)
         start = torch.tensor([len(given) for given, _ in chunk], device=device)[:, None]                 # (B, 1)
         return language_model_loss(model, tokens, mask & (torch.arange(mask.shape[1], device=device) >= start))
@@ -280,7 +291,7 @@ def text_loss(model, tokenizer, lines):
 def write_beside(path, write):
     """Write a file beside its place and rename it, so that nobody ever finds half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     write(temporary)
     os.replace(temporary, path)
 
@@ -314,15 +325,17 @@ class Stages:
 def prepare_chat(args):
     """Tokenizer -> pretraining -> SFT -> preference pairs -> reward model. Returns the Chat and the SFT policy."""
     world = World(args.seed)
-    tokenizer = load_tokenizer(world)
-    longest = max(world.fact_of, key=lambda q: len(tokenizer.prompt(q)))
-    if len(tokenizer.prompt(longest)) + MAX_NEW_TOKENS > CONTEXT:
-        raise DataError(f"the question '{longest}' has {len(tokenizer.prompt(longest))} tokens, more than the "
-                        f"{CONTEXT - MAX_NEW_TOKENS} that fit: shorten its entry in {DATA}")
+    tokenizer = load_tokenizer()
+    for templates, limit in ((QUESTIONS, CONTEXT - MAX_NEW_TOKENS), (STATEMENTS, CONTEXT), (RIGHT, MAX_NEW_TOKENS)):
+        for text in (fill(t, f) for kind in KINDS for f in world.facts[kind] for t in templates[kind]):
+            if len(tokenizer.encode(text)) + 2 > limit + (templates is RIGHT):  # two turn tokens, or one end token
+                raise DataError(f"'{text}' has {len(tokenizer.encode(text))} tokens, too many for this model: "
+                                f"shorten its entry in {DATA}")
     lines, held_out_lines = world.pretraining_text(30_000)
     folder = args.out / "stages"
     sources = [Path(__file__).parent / "gpt.py", *sorted(DATA.glob("*.txt")), DATA / "tokenizer.bpe", DATA / "world.py"]
-    stages = Stages(folder, sources, [args.seed, args.device, torch.__version__])
+    settings = [args.seed, args.device, torch.__version__, CONTEXT, MAX_NEW_TOKENS, inspect.getsource(prepare_chat)]
+    stages = Stages(folder, sources, settings)
     torch.manual_seed(args.seed)
     model = GPT(GPTConfig(tokenizer.vocab_size, CONTEXT, n_layer=2)).to(args.device)
 
@@ -353,7 +366,7 @@ def prepare_chat(args):
     show_accuracy(saved["accuracy"])
     chat = Chat(world, tokenizer, judge.requires_grad_(False), args)
     before, _ = chat.answer(model, world.questions(500, "train", "normalise"))
-    judge.normalise(torch.cat((before["prompt"], before["actions"]), 1), torch.cat((before["prompt_mask"], before["mask"]), 1))
+    judge.normalise(*question_and_answer(before))
     chat.reseed(args.seed)
     saved = {"config": vars(model.config), "model": judge.state_dict()}
     write_beside(args.out / "reward_model.pt", lambda path: torch.save(saved, path))
@@ -361,7 +374,7 @@ def prepare_chat(args):
 
 
 def show_accuracy(accuracy):
-    """Table: share of held-out pairs that the reward model orders as the labeller would, errors aside."""
+    """Table: share of fresh pairs that the reward model orders as the labeller would, errors aside."""
     print("  reward model, share of fresh pairs in the labeller's true order    facts seen in pairs   facts held out")
     train, held_out = accuracy["train"], accuracy["held_out"]
     groups = {"all pairs": ""} | {f"right > wrong, {kind}": f"right > wrong, {kind}" for kind in KINDS}
@@ -412,14 +425,15 @@ def samples(chat, before, after, n=8):
     lines = []
     for a, b in zip(old, new):
         lines.append(a["question"])
-        lines += [f"  {name} {x['score']:6.2f}  {x['answer']}  [{x['verdict']}]" for name, x in (("SFT", a), ("RL ", b))]
+        for name, x in (("SFT", a), ("RL ", b)):
+            lines.append(f"  {name} {x['score']:6.2f}  {x['answer']}  [{x['verdict']}]")
     return "\n".join(lines) + "\n"
 
 
 COLUMNS = {  # of metrics.csv and the log: what they mean, width, format
     "step": ("", 4, "d"),
-    "reward": ("mean score of the sampled answers (grid: return), what RL maximises; up is good unless gold falls", 7, ".3f"),
-    "gold": ("share of answers that the judge finds right (grid: share of the best return possible); up is good", 6, ".3f"),
+    "reward": ("mean score of the sampled answers (grid: return), without KL; up is good unless gold falls", 7, ".3f"),
+    "gold": ("share that the judge finds right (grid: share of the best possible return); up is good", 6, ".3f"),
     "kl": ("nats between this policy and the frozen one, per answer; how far RL has gone", 7, ".2f"),
     "entropy": ("nats per token; 0 means that the policy always says the same", 7, ".3f"),
     "length": ("tokens per answer", 6, ".1f"),
@@ -450,6 +464,8 @@ def run_rl(world, policy, args, folder):
 
     try:
         reinforce(world, policy, args, report)
+    except FloatingPointError as e:
+        raise FloatingPointError(f"{e}. The last good policy is in {folder}") from None
     finally:
         write_beside(folder / "policy.pt", lambda path: torch.save(policy.state_dict(), path))
         if rows:
@@ -462,15 +478,22 @@ def run_rl(world, policy, args, folder):
 
 # --------------------------------------------------------------------------------- the command line
 PER_ENV = {  # flags whose default depends on the world
-    "language": {"gamma": 1.0, "steps": 60, "batch_size": 128, "lr": 1e-4, "beta": 0.1, "temperature": 0.7},
+    "language": {"gamma": 1.0, "steps": 60, "batch_size": 128, "lr": 3e-4, "beta": 0.1, "temperature": 0.7},
     "gridworld": {"gamma": 0.99, "steps": 60, "batch_size": 64, "lr": 0.1, "beta": 0.1, "temperature": 1.0},
 }
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, but an error is one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
 def parse(argv):
     """Flags, with what they leave open filled in from the algorithm's row and the world."""
-    p = argparse.ArgumentParser(description="Train a policy with reinforcement learning; see README.md.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = OneLineParser(description="Train a policy with reinforcement learning; see README.md.",
+                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--algo", default="reinforce", choices=list(LADDER), help="row of the ladder")
     p.add_argument("--env", default="language", choices=list(PER_ENV), help="what to train on")
     p.add_argument("--reward", default="model", choices=["model", "verifier"],
@@ -491,7 +514,8 @@ def parse(argv):
     g.add_argument("--batch-size", type=int, help="trajectories a batch (default: by world)", default=argparse.SUPPRESS)
     g.add_argument("--minibatches", type=int, default=argparse.SUPPRESS,
                    help="optimizer steps an epoch (default: 1 with one epoch, else 2)")
-    g.add_argument("--lr", type=float, help="Adam's learning rate (default: by algorithm)", default=argparse.SUPPRESS)
+    g.add_argument("--lr", type=float, default=argparse.SUPPRESS,
+                   help="Adam's learning rate (default: language 3e-4, with several epochs 1e-4; grid 0.1)")
     g.add_argument("--beta", type=float, help="price of a nat of KL (default: by world)", default=argparse.SUPPRESS)
     g.add_argument("--gamma", type=float, help="discount (default: language 1, grid 0.99)", default=argparse.SUPPRESS)
     g.add_argument("--lam", type=float, default=0.95, help="lambda of GAE")
@@ -507,10 +531,15 @@ def parse(argv):
     g.add_argument("--out", type=Path, default=Path("out"), help="folder of all results")
     given = p.parse_args(argv)
     row = LADDER[given.algo]
-    args = argparse.Namespace(**PER_ENV[given.env], **{k: v for k, v in row._asdict().items() if k != "over"}, average=row.over)
+    columns = row._asdict()
+    args = argparse.Namespace(**PER_ENV[given.env], average=columns.pop("over"), **columns)
     vars(args).update(vars(given))
+    if args.kl == "loss" and row.kl != "loss" and "kl_estimator" not in given:
+        args.kl_estimator = "k2"  # as a loss, k1 has no gradient in expectation
     if "minibatches" not in args:
         args.minibatches = 1 if args.epochs == 1 else 2
+    if args.env == "language" and "lr" not in given and args.epochs > 1:
+        args.lr /= 3  # many steps on one batch: smaller ones
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     problem = check(args)
@@ -530,6 +559,12 @@ def check(args):
     for flag in ("gamma", "lam"):
         if not 0 <= getattr(args, flag) <= 1:
             return f"--{flag} must be between 0 and 1, not {getattr(args, flag)}"
+    if not 0 <= args.seed < 2 ** 31:
+        return f"--seed must be between 0 and {2 ** 31 - 1}, not {args.seed}"
+    if args.kl_target is not None and args.kl == "none":
+        return "--kl-target steers a KL penalty: say where it goes with --kl"
+    if args.env == "gridworld" and args.gamma == 1:
+        return "--gamma must be below 1 in the grid world: a cat that walks in circles has no value otherwise"
     if args.kl_target is not None and not 0 < args.kl_target < math.inf:
         return f"--kl-target must be a positive number of nats, not {args.kl_target}"
     for flag in ("minibatches", "group"):
@@ -556,7 +591,11 @@ def main(argv=None):
     args = parse(argv)
     start = time.time()
     folder = args.out / f"{args.env}-{args.algo}-{args.seed}"
+    config = json.dumps({k: str(v) if k == "out" else v for k, v in vars(args).items()}, indent=1)
     try:
+        for old in folder.glob("*"):
+            old.unlink()  # or an interrupted run would lie among the results of the one before
+        write_beside(folder / "config.json", lambda path: path.write_text(config))
         if args.env == "gridworld":
             world = GridWorld(gamma=args.gamma, temperature=args.temperature, seed=args.seed, device=args.device)
             policy = world.new_policy()
@@ -570,16 +609,16 @@ def main(argv=None):
             text = samples(chat, sft, policy)
             print(f"\nHeld-out questions, before and after:\n{text}")
             write_beside(folder / "samples.txt", lambda path: path.write_text(text))
-            write_beside(folder / "evaluation.json", lambda path: path.write_text(json.dumps({"sft": before, "rl": after}, indent=1)))
-    except DataError as e:
+            result = json.dumps({"sft": before, "rl": after}, indent=1)
+            write_beside(folder / "evaluation.json", lambda path: path.write_text(result))
+    except (DataError, OSError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 2
     except FloatingPointError as e:
-        print(f"train.py: {e}. The last good policy is in {folder}", file=sys.stderr)
+        print(f"train.py: {e}", file=sys.stderr)
         return 1
-    config = json.dumps({k: str(v) if k == "out" else v for k, v in vars(args).items()}, indent=1)
-    write_beside(folder / "config.json", lambda path: path.write_text(config))
-    print(f"{time.time() - start:.0f} s in all; written to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+    files = ", ".join(sorted(p.name for p in folder.iterdir()))
+    print(f"{time.time() - start:.0f} s in all; written to {folder}: {files}")
     return 0
 
 

@@ -1,10 +1,11 @@
 """The little world: real facts, people who talk about them well or badly, and a judge who knows them all.
 
 Facts come from cities.txt and things.txt beside this file, and from sums of one-digit numbers. Every answer that
-occurs here has one of five verdicts, in the order in which the labeller likes them:
-    right > wrong (another fact's answer) > evasive > nonsense > rude
+occurs here has one of six verdicts, in the order in which the labeller likes them:
+    right > wrong (another fact's answer) > evasive > nonsense > rude > garbled
 Some facts are held out: the model reads about them in the pretraining text and in demonstrations, but no preference
-pair and no RL prompt ever names them. So they show what RL brings out of a model beyond what it was rewarded for.
+pair and no RL prompt ever asks about them or states them. So they show what RL brings out of a model beyond what it
+was rewarded for.
 Everything is drawn from `random.Random(seed)`: the same seed, the same world.
 Run `python -m data.world`: a few lines of each kind of text.
 """
@@ -32,8 +33,10 @@ class Fact(NamedTuple):
 
 
 QUESTIONS = {
-    "city": ["Where is {name}?", "In which country is {name}?", "Which country is {name} in?", "Tell me where {name} is."],
-    "thing": ["Explain {name} like I'm 5", "What is {name}?", "Tell a child what {name} is.", "What do we call {name}?"],
+    "city": ["Where is {name}?", "In which country is {name}?", "Which country is {name} in?",
+             "Tell me where {name} is."],
+    "thing": ["Explain {name} like I'm 5", "What is {name}?", "Tell a child what {name} is.",
+              "What do we call {name}?"],
     "sum": ["What is {name}?", "How much is {name}?", "Add up {name}.", "Tell me what {name} makes."],
 }
 RIGHT = {
@@ -58,12 +61,23 @@ STATEMENTS = {
 }
 
 
+def group(name):
+    """What is held out together: 2+5 with 5+2, else every fact for itself."""
+    return "+".join(sorted(name.split("+")))
+
+
+def steps(name):
+    """'2+5+4' -> ['2+5', '7+4'], the additions of a sum; of any other name []."""
+    terms = name.split("+")
+    totals = accumulate(map(int, terms)) if len(terms) > 1 else []
+    return [f"{total}+{term}" for total, term in zip(totals, terms[1:])]
+
+
 def working(name, slip=0):
     """'2+5+4' -> '2+5=7, 7+4=11', a sum written out step by step; `slip` is added to the last result."""
-    terms = [int(t) for t in name.split("+")]
-    totals = list(accumulate(terms))
-    results = totals[1:-1] + [totals[-1] + slip]
-    return ", ".join(f"{a}+{b}={c}" for a, b, c in zip(totals, terms[1:], results))
+    results = [sum(map(int, step.split("+"))) for step in steps(name)]
+    results[-1] += slip
+    return ", ".join(f"{step}={result}" for step, result in zip(steps(name), results))
 
 
 def fill(template, fact, other=None):
@@ -102,24 +116,21 @@ class World:
     """All facts, split into training and held-out ones, and what people write about them."""
 
     def __init__(self, seed=0, folder=Path(__file__).parent):
-        cities = [Fact("city", name, country, "") for name, country in read_table(folder / "cities.txt", ["city", "country"])]
-        things = [Fact("thing", *row) for row in read_table(folder / "things.txt", ["thing", "what it is", "more about it"])]
+        cities = [Fact("city", *row, "") for row in read_table(folder / "cities.txt", ["city", "country"])]
+        things = read_table(folder / "things.txt", ["thing", "what it is", "why it matters"])
+        things = [Fact("thing", *row) for row in things]
         sums = ["+".join(terms) for terms in [*product("123456789", repeat=2), *product("123", repeat=3)]]
         sums = [Fact("sum", name, str(sum(map(int, name.split("+")))), "") for name in sums]
         self.facts = {"city": cities, "thing": things, "sum": sums}
         self.seed = seed
         self.train, self.held_out = {}, {}
         for kind, facts in self.facts.items():
-            groups = sorted({self.group(f) for f in facts})
+            groups = sorted({group(f.name) for f in facts})
             unseen = set(random.Random(f"{seed} split {kind}").sample(groups, len(groups) // 5))
-            self.train[kind] = [f for f in facts if self.group(f) not in unseen]
-            self.held_out[kind] = [f for f in facts if self.group(f) in unseen]
+            self.held_out[kind] = [f for f in facts if group(f.name) in unseen]
+            # a longer sum whose working would spell out a held-out one is in neither split
+            self.train[kind] = [f for f in facts if not unseen & {group(name) for name in (f.name, *steps(f.name))}]
         self.fact_of = {fill(q, f): f for kind in KINDS for f in self.facts[kind] for q in QUESTIONS[kind]}
-
-    @staticmethod
-    def group(fact):
-        """What is held out together: 2+5 with 5+2, else every fact for itself."""
-        return "+".join(sorted(fact.name.split("+")))
 
     # ------------------------------------------------------------------ what people write
     def write(self, rng, fact, verdict, facts):
@@ -153,7 +164,7 @@ class World:
         return "".join(f" {line}\n" for line in lines)
 
     def pretraining_text(self, n):
-        """n lines that state facts or judge statements, and about n / 50 more that are held out: (lines, held out)."""
+        """n lines that state facts: (lines to learn, about one in fifty that is held out)."""
         rng = random.Random(f"{self.seed} pretraining")
         kinds = rng.choices(KINDS, [30, 15, 55], k=n)  # things are learned first, sums last
         lines = [fill(rng.choice(STATEMENTS[kind]), rng.choice(self.facts[kind])) for kind in kinds]
@@ -161,7 +172,7 @@ class World:
         return [line for line in lines if zlib.crc32(line.encode()) % 50], unseen
 
     def demonstrations(self, n):
-        """n pairs (question, answer) as the web has them: good and bad, and nothing that tells them apart but content."""
+        """n pairs (question, answer) as the web has them, good and bad, told apart by nothing but content."""
         rng = random.Random(f"{self.seed} demonstrations")
         pairs = []
         for kind in rng.choices(KINDS, [30, 25, 45], k=n):
@@ -174,7 +185,8 @@ class World:
         """n judgements of a labeller who prefers the better verdict and errs in a share of `errors`.
 
         Dictionaries with prompt, chosen, rejected and what is compared (`kind`, for reports only). More
-        than half put a right answer beside a wrong one, the hardest comparison. Wrong answers name facts of the same split only."""
+        than half put a right answer beside a wrong one, the hardest comparison. Wrong answers
+        name facts of the same split only."""
         rng = random.Random(f"{self.seed} pairs {split} {seed}")
         facts = getattr(self, split)
         pairs = []
@@ -192,6 +204,8 @@ class World:
     # ------------------------------------------------------------------------- the judge
     def judge(self, question, answer):
         """Gold: the exact verdict on any answer to a question of this world, 'garbled' if nobody here would say it.
+
+        Exact means in this world's words: "It is 4." and "2+2=4." are right, "The answer is 4." is garbled.
 
         It evaluates and never trains, except under `--reward verifier`. Raises KeyError for an unknown question."""
         return self.verdict(self.fact_of[question], answer)
@@ -236,4 +250,5 @@ if __name__ == "__main__":
     world = World()
     print("Pretraining text:", *world.pretraining_text(12)[0], sep="\n  ")
     print("Demonstrations:", *(f"{q} -> {a}  [{world.judge(q, a)}]" for q, a in world.demonstrations(12)), sep="\n  ")
-    print("Preferences:", *(f"{p['prompt']} {p['chosen']} > {p['rejected']}" for p in world.preference_pairs(6)), sep="\n  ")
+    pairs = world.preference_pairs(6)
+    print("Preferences:", *(f"{p['prompt']} {p['chosen']} > {p['rejected']}" for p in pairs), sep="\n  ")
