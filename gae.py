@@ -10,7 +10,7 @@ Source: Sutton & Barto 2018; Schulman et al. 2015 (GAE). Group weights: Ahmadian
 Left out: the gamma^t that a discounted objective puts in front of G_t (nearly every code drops it; at gamma = 1,
 our default for language, nothing is dropped), and everything that corrects for off-policy data (V-trace, Retrace).
 Conventions: trajectories are rows of (B, T) tensors and start in column 0; mask is bool, True on real steps.
-V(s_t) is the value of the state *before* action t. What stands under the mask, NaN included, changes nothing.
+V(s_t) is the value of the state *before* action t. What stands on padding, NaN included, changes nothing.
 After the last step comes a state of value `last_value`: 0 (None) if the episode terminated there, V of that state if
 only a time limit cut it off. Run `python gae.py`: the recursion worked out on a trajectory of four steps.
 """
@@ -32,7 +32,7 @@ def discounted_return(rewards, mask, gamma=1.0):
 def reward_to_go(rewards, mask, gamma=1.0, last_value=None):
     """Reward-to-go: G_t = sum_{t' >= t} gamma^(t' - t) r_{t'}, and after the end gamma^(T - t) last_value.
 
-    rewards, mask (B, T); last_value (B,) or None for 0. Returns (B, T), 0 under the mask."""
+    rewards, mask (B, T); last_value (B,) or None for 0. Returns (B, T), 0 on padding."""
     assert rewards.shape == mask.shape
     B, T = rewards.shape
     r = rewards.masked_fill(~mask, 0).T                                     # (T, B): its rows lie together in memory
@@ -96,7 +96,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95, last_value=None):
     A = torch.empty_like(delta)                                                # (T, B)
     running = delta.new_zeros(B)                                               # (B,)  A after the last step
     for t in reversed(range(T)):
-        # A_t = delta_t + gamma * lambda * A_{t+1}; under the mask delta is 0, so A stays 0 until the last real step
+        # A_t = delta_t + gamma * lambda * A_{t+1}; on padding delta is 0, so A stays 0 until the last real step
         running = delta[t] + gamma * lam * running
         A[t] = running
     return A.T                                                                 # (B, T)
@@ -128,7 +128,7 @@ if __name__ == "__main__":
     values = torch.tensor([[4.0, 6.0, 7.0, 8.0]])
     mask = torch.ones(1, 4, dtype=torch.bool)
     print(f"gamma = {gamma}, lambda = {lam}; the episode terminates, so V after it is 0\n")
-    print("t   r_t  V(s_t)  reward-to-go  - V(s_t)    delta_t       A_t")
+    print("t   r_t  V(s_t)           G_t  G_t-V(s_t)  delta_t       A_t")
     G, delta, A = (f[0] for f in (reward_to_go(rewards, mask, gamma), td_error(rewards, values, mask, gamma),
                                   gae(rewards, values, mask, gamma, lam)))
     for t in range(4):
@@ -138,6 +138,6 @@ if __name__ == "__main__":
     for t in reversed(range(4)):
         after = A[t + 1].item() if t < 3 else 0.0
         print(f"A_{t} = {delta[t]:.3f} + {gamma} * {lam} * {after:.3f} = {A[t]:.3f}")
-    print(f"\nreturn of the trajectory: {discounted_return(rewards, mask, gamma).item():.3f}")
+    print(f"\nreturn of the trajectory: {discounted_return(rewards, mask, gamma).item():.3f} = G_0")
     for n in range(1, 5):
         print(f"{n}-step advantage of the first action: {n_step_advantage(n, rewards, values, mask, gamma)[0, 0]:.3f}")

@@ -6,8 +6,8 @@ One body, three linear heads. h_t is the hidden state after reading tokens 0..t:
     reward  r(x, y)        = w_r . h          how good the answer is (read at its last token)
 
 Source: GPT-2 (Radford et al. 2019); heads and their initialisation: Ziegler et al. 2019, Stiennon et al. 2020.
-Left out: dropout (it would make sampled and re-scored log-probs differ), weight sharing tricks, top-k/top-p.
-Letters everywhere: B sequences, T tokens, V vocabulary, C channels, H heads, D = C / H.
+Left out: dropout (it would make sampled and re-scored log-probs differ), top-k and top-p sampling.
+Letters everywhere: B sequences, T tokens, V vocabulary, C channels, H heads, D = C / H, P tokens of a prompt.
 Run `python gpt.py`: a GPT learns one sentence by heart and says it.
 """
 import base64
@@ -148,13 +148,13 @@ class Sample(NamedTuple):
     """What `generate` returns: T is the longest answer of the batch. All (B, T)."""
     tokens: torch.Tensor  # the pad after the end
     mask: torch.Tensor    # bool, True on the answer's tokens, the end token included: stopping is an action too
-    logp: torch.Tensor    # log pi(a_t | s_t) in nats, 0 under the mask
-    values: torch.Tensor  # V(s_t), of the state before token t, 0 under the mask
+    logp: torch.Tensor    # log pi(a_t | s_t) in nats, 0 on padding
+    values: torch.Tensor  # V(s_t), of the state before token t, 0 on padding
 
 
 @torch.no_grad()
 def generate(model, prompt, prompt_mask, max_new_tokens, end, temperature=1.0, generator=None):
-    """Trajectory for LLMs: sample an answer a_0 .. a_T ~ pi(. | s_t) to every prompt.
+    """Trajectory for LLMs: sample an answer a_0 .. a_{T-1} ~ pi(. | s_t) to every prompt.
 
     prompt (B, P), left-padded, prompt_mask (B, P); `end` is the token that ends an answer. Returns a `Sample`.
     Raises ValueError when prompt and answer do not fit into the model's positions.

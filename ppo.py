@@ -57,8 +57,9 @@ def policy_gradient_loss(logp, weight, mask, over="trajectory"):
 def importance_loss(logp, logp_old, adv, mask, over="trajectory"):
     """Importance sampling: E_old[sum_t ratio_t A_t], the policy gradient from trajectories of an older policy.
 
-    All (B, T). One ratio a step, as in PPO: that earlier actions made the *state* more or less likely is left out,
-    so it is unbiased only while the two policies are the same, and good while they are close."""
+    All (B, T). grad ratio = ratio * grad log pi: at ratio 1 this is the policy gradient. One ratio a step, as in PPO:
+    that earlier actions made the *state* more or less likely is left out, so it is unbiased only while the two
+    policies are the same, and good while they are close."""
     assert logp.shape == logp_old.shape == adv.shape == mask.shape
     adv = adv.detach().masked_fill(~mask, 0)             # (B, T)
     ratio = torch.exp((logp - logp_old.detach()).masked_fill(~mask, 0))  # (B, T)
@@ -93,18 +94,18 @@ def entropy(logits):
     return -(logp.exp() * logp).sum(-1)
 
 
-def ppo_loss(L_policy, L_VF, L_entropy, c1=0.1, c2=0.0):
-    """Overall: L_PPO = L_policy + c1 L_VF - c2 L_entropy, three scalars that are averaged alike.
+def ppo_loss(policy_term, value_term, entropy_term, c1=0.1, c2=0.0):
+    """Overall: what is minimised, -L_policy + c1 L_VF - c2 L_entropy, three scalars that are averaged alike.
 
-    L_policy comes here with its minus sign already. The entropy's sign: more of it is to make the loss smaller."""
-    return L_policy + c1 * L_VF - c2 * L_entropy
+    The policy term is a loss of this file, with its minus sign already. More entropy is to make the loss smaller."""
+    return policy_term + c1 * value_term - c2 * entropy_term
 
 
 # Slide "Regularization" ---------------------------------------------------------------------------
 def kl_estimate(logp, logp_ref, estimator="k1"):
     """KL(pi || pi_ref) from the sampled tokens alone (Schulman 2020). logp, logp_ref (B, T). Returns (B, T), nats.
 
-    With r = pi_ref / pi:  k1 = -log r,  k2 = (log r)^2 / 2,  k3 = r - 1 - log r.
+    With r = pi_ref / pi (not a reward):  k1 = -log r,  k2 = (log r)^2 / 2,  k3 = r - 1 - log r.
     Values: k1 and k3 are unbiased, k3 with less variance and never negative; k2 is biased, a little.
     As a *loss* on fresh samples: E[grad k1] = 0 (it does nothing!), E[grad k2] = grad KL(pi || pi_ref),
     E[grad k3] = grad KL(pi_ref || pi)."""

@@ -136,12 +136,12 @@ def main(path):
     for question, answer, _ in TABLE[:3]:
         print(f"{question:<28}{answer:<50}{'???':>7}{score(question, answer):>8.2f}")
     print("\nWhich of the two is better? That is easy to say, and all that the model was trained on (* its choice).\n")
-    print(f"{'question':<28}{'answer 1':<50}{'score':>6}   {'answer 2':<44}{'score':>6}")
+    print(f"{'question':<28}{'answer 1':<50}{'score':>6}   {'answer 2':<48}{'score':>6} {'people':>7}")
     for i, (question, *answers) in enumerate(TABLE):
         answers = answers if i % 2 == 0 else answers[::-1]
         scores = [score(question, a) for a in answers]
         cells = [f"{s:6.2f}{'*' if s == max(scores) else ' '}" for s in scores]
-        print(f"{question:<28}{answers[0]:<50}{cells[0]}  {answers[1]:<44}{cells[1]}")
+        print(f"{question:<28}{answers[0]:<50}{cells[0]}  {answers[1]:<48}{cells[1]} {i % 2 + 1:>6}")
     return 0
 
 

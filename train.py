@@ -5,7 +5,8 @@
     python train.py --env gridworld          the cat, through the same loop
 
 The loop is the slide "Recap: REINFORCE" and never changes. The algorithms are rows of one table, LADDER; each row
-differs from the row above it in one column. A world (language or grid) offers what the loop needs:
+differs from the row above it in one column (several epochs also bring minibatches and a smaller step).
+A world (language or grid) offers what the loop needs:
     world.sample(policy, B, group) -> trajectories: tensors with a first dimension of B, and a summary of them
     world.logits_and_values(policy, trajectories) -> (B, T, V), (B, T)
 Left out: several GPUs, early stopping, whatever changes nothing in the formulas.
@@ -45,7 +46,7 @@ class Algorithm(NamedTuple):
     loss: str
     epochs: int            # passes over one batch: one is one step on the whole batch, several run over minibatches
     kl: str = "none"       # where the KL to the frozen reference goes
-    kl_target: Optional[float] = None  # nats a trajectory to which beta is steered; None: beta is fixed
+    kl_target: Optional[float] = None  # KL in nats a trajectory, held by adapting beta; None: beta is fixed
     kl_estimator: str = "k1"
     group: int = 1         # answers to one prompt
     over: str = "trajectory"  # what a loss is averaged over
@@ -58,7 +59,7 @@ LADDER = {
     "reward-to-go":    Algorithm("reward-to-go", "policy-gradient", 1,       "none",   None),
     "baseline":        Algorithm("baseline",     "policy-gradient", 1,       "none",   None),
     "gae":             Algorithm("gae",          "policy-gradient", 1,       "none",   None),
-    "off-policy":      Algorithm("gae",          "policy-gradient", SEVERAL, "none",   None),
+    "off-policy":      Algorithm("gae",          "policy-gradient", SEVERAL, "none",   None),  # wrong: no ratio
     "importance":      Algorithm("gae",          "importance",      SEVERAL, "none",   None),
     "ppo":             Algorithm("gae",          "clipped",         SEVERAL, "none",   None),
     "ppo-kl":          Algorithm("gae",          "clipped",         SEVERAL, "reward", None),
@@ -67,19 +68,19 @@ LADDER = {
     "rloo":            Algorithm("rloo",         "policy-gradient", 1,       "reward", None, "k1", 4),
     "grpo":            Algorithm("grpo",         "clipped",         SEVERAL, "loss",   None, "k3", 4, "answer"),
 }
-WEIGHTS = {  # rewards r, values V, mask m, value after the last step v, the flags a -> (B, T)
-    "return": lambda r, V, m, v, a: discounted_return(r, m, a.gamma)[:, None].expand_as(r),
-    "reward-to-go": lambda r, V, m, v, a: reward_to_go(r, m, a.gamma, v),
-    "baseline": lambda r, V, m, v, a: reward_to_go(r, m, a.gamma, v) - V,
-    "gae": lambda r, V, m, v, a: gae(r, V, m, a.gamma, a.lam, v),
-    "rloo": lambda r, V, m, v, a: rloo_advantage(discounted_return(r, m, a.gamma), a.group)[:, None].expand_as(r),
-    "grpo": lambda r, V, m, v, a: grpo_advantage(discounted_return(r, m, a.gamma), a.group)[:, None].expand_as(r),
+WEIGHTS = {  # rewards r (B, T), values V (B, T), mask m (B, T), value after the last step (B,), the flags -> (B, T)
+    "return": lambda r, V, m, last, f: discounted_return(r, m, f.gamma)[:, None].expand_as(r),
+    "reward-to-go": lambda r, V, m, last, f: reward_to_go(r, m, f.gamma, last),
+    "baseline": lambda r, V, m, last, f: reward_to_go(r, m, f.gamma, last) - V,
+    "gae": lambda r, V, m, last, f: gae(r, V, m, f.gamma, f.lam, last),
+    "rloo": lambda r, V, m, last, f: rloo_advantage(discounted_return(r, m, f.gamma), f.group)[:, None].expand_as(r),
+    "grpo": lambda r, V, m, last, f: grpo_advantage(discounted_return(r, m, f.gamma), f.group)[:, None].expand_as(r),
 }
 USES_VALUES = ("baseline", "gae")
-LOSSES = {  # logp (B, T), the trajectories b, the flags a -> scalar
-    "policy-gradient": lambda logp, b, a: policy_gradient_loss(logp, b["weight"], b["mask"], a.average),
-    "importance": lambda logp, b, a: importance_loss(logp, b["logp_old"], b["weight"], b["mask"], a.average),
-    "clipped": lambda logp, b, a: clipped_loss(logp, b["logp_old"], b["weight"], b["mask"], a.clip, a.average),
+LOSSES = {  # logp (B, T), the trajectories b, the flags -> scalar
+    "policy-gradient": lambda logp, b, f: policy_gradient_loss(logp, b["weight"], b["mask"], f.average),
+    "importance": lambda logp, b, f: importance_loss(logp, b["logp_old"], b["weight"], b["mask"], f.average),
+    "clipped": lambda logp, b, f: clipped_loss(logp, b["logp_old"], b["weight"], b["mask"], f.clip, f.average),
 }
 
 
@@ -105,7 +106,7 @@ def reinforce(world, policy, args, report):
         if args.kl == "reward":
             rewards = penalised_rewards(rewards, logp_old, logp_ref, mask, beta, args.kl_estimator)
         weight = WEIGHTS[args.weight](rewards, values, mask, batch["last_value"], args)                  # (B, T)
-        target = weight + values        # what V should have been: the reward-to-go, or GAE's version of it   (B, T)
+        target = weight + values  # where V is used, weight is an estimate of the return minus V    (B, T)
         batch |= {"logp_ref": logp_ref, "weight": whiten(weight, mask) if args.whiten else weight, "target": target}
 
         track = []
@@ -143,10 +144,10 @@ def reinforce(world, policy, args, report):
                 track.append(torch.stack([average(x.detach(), part["mask"], "token") for x in watched]))
 
         kl = average(logp_old - logp_ref, mask).item()  # k1, nats a trajectory: a sum over its steps, so mean over rows
+        explained = explained_variance(values, target, mask).item()
         uncertainty, outside, drift = torch.stack(track).mean(0).tolist()
         report(step, summary | {"kl": kl, "entropy": uncertainty, "clip_fraction": outside,
-                                "approx_kl": drift, "beta": beta,
-                                "explained_variance": explained_variance(values, target, mask).item()})
+                                "approx_kl": drift, "beta": beta, "explained_variance": explained if c1 else math.nan})
         if args.kl_target is not None:
             beta = adapt_beta(beta, kl, args.kl_target, args.batch_size, horizon=500)
         # 5. Go back to 2.
@@ -204,7 +205,8 @@ class Chat:
                 score = self.reward_model(torch.cat((prompt, tokens), 1), torch.cat((prompt_mask, mask), 1))  # (B,)
             score = torch.where(finished, score, UNFINISHED)
         batch = {"prompt": prompt, "prompt_mask": prompt_mask, "mask": mask, "logp_old": logp, "values": values,
-                 "actions": tokens.masked_fill(~mask, 0), "rewards": score_at_end(score, mask),
+                 "actions": tokens.masked_fill(~mask, 0),  # the pad has no logit to look up; any token will do
+                 "rewards": score_at_end(score, mask),
                  "last_value": torch.zeros_like(score)}  # an answer's end is an end: no value after it
         facts = zip(questions, texts, finished.tolist(), verdicts, score.tolist())
         return batch, [dict(zip(("question", "answer", "finished", "verdict", "score"), fact)) for fact in facts]
@@ -326,9 +328,10 @@ def prepare_chat(args):
     """Tokenizer -> pretraining -> SFT -> preference pairs -> reward model. Returns the Chat and the SFT policy."""
     world = World(args.seed)
     tokenizer = load_tokenizer()
-    for templates, limit in ((QUESTIONS, CONTEXT - MAX_NEW_TOKENS), (STATEMENTS, CONTEXT), (RIGHT, MAX_NEW_TOKENS)):
+    room = CONTEXT - MAX_NEW_TOKENS  # for a question between its two turn tokens; statements stand between two ends
+    for templates, limit in ((QUESTIONS, room - 2), (STATEMENTS, CONTEXT - 2), (RIGHT, MAX_NEW_TOKENS - 1)):
         for text in (fill(t, f) for kind in KINDS for f in world.facts[kind] for t in templates[kind]):
-            if len(tokenizer.encode(text)) + 2 > limit + (templates is RIGHT):  # two turn tokens, or one end token
+            if len(tokenizer.encode(text)) > limit:
                 raise DataError(f"'{text}' has {len(tokenizer.encode(text))} tokens, too many for this model: "
                                 f"shorten its entry in {DATA}")
     lines, held_out_lines = world.pretraining_text(30_000)
@@ -351,24 +354,25 @@ def prepare_chat(args):
         pairs_file = folder / f"pairs-{args.seed}.jsonl"
         write_beside(pairs_file, lambda temporary: write_jsonl(temporary, world.preference_pairs(16_000)))
         pairs = read_jsonl(pairs_file, ["prompt", "chosen", "rejected"])
-        judge = RewardModel(copy.deepcopy(model))
-        dropped = train_reward_model(judge, pairs, tokenizer, MAX_NEW_TOKENS, report=progress("reward model", 500))
+        scorer = RewardModel(copy.deepcopy(model))
+        report = progress("reward model", len(pairs) // 32)
+        dropped = train_reward_model(scorer, pairs, tokenizer, MAX_NEW_TOKENS, report=report)
         print(f"  {len(pairs)} pairs in {pairs_file}, {dropped} dropped: equal once they are cut")
-        accuracy = {split: pair_accuracy(judge, world.preference_pairs(2000, split, errors=0.0, seed=1), tokenizer,
+        accuracy = {split: pair_accuracy(scorer, world.preference_pairs(2000, split, errors=0.0, seed=1), tokenizer,
                                          MAX_NEW_TOKENS) for split in ("train", "held_out")}
-        return {"model": judge.state_dict(), "accuracy": accuracy}
+        return {"model": scorer.state_dict(), "accuracy": accuracy}
 
     model.load_state_dict(stages.run("pretraining", make_pretrained, pretrain))
     model.load_state_dict(stages.run("sft", make_sft, finetune))
-    judge = RewardModel(copy.deepcopy(model))
+    scorer = RewardModel(copy.deepcopy(model))
     saved = stages.run("reward", make_reward, inspect.getmodule(RewardModel))
-    judge.load_state_dict(saved["model"])
+    scorer.load_state_dict(saved["model"])
     show_accuracy(saved["accuracy"])
-    chat = Chat(world, tokenizer, judge.requires_grad_(False), args)
+    chat = Chat(world, tokenizer, scorer.requires_grad_(False), args)
     before, _ = chat.answer(model, world.questions(500, "train", "normalise"))
-    judge.normalise(*question_and_answer(before))
+    scorer.normalise(*question_and_answer(before))
     chat.reseed(args.seed)
-    saved = {"config": vars(model.config), "model": judge.state_dict()}
+    saved = {"config": vars(model.config), "model": scorer.state_dict()}
     write_beside(args.out / "reward_model.pt", lambda path: torch.save(saved, path))
     return chat, model, held_out_lines
 
@@ -436,10 +440,10 @@ COLUMNS = {  # of metrics.csv and the log: what they mean, width, format
     "gold": ("share that the judge finds right (grid: share of the best possible return); up is good", 6, ".3f"),
     "kl": ("nats between this policy and the frozen one, per answer; how far RL has gone", 7, ".2f"),
     "entropy": ("nats per token; 0 means that the policy always says the same", 7, ".3f"),
-    "length": ("tokens per answer", 6, ".1f"),
-    "finished": ("share of answers that end by themselves before the limit", 8, ".3f"),
+    "length": ("tokens per answer (grid: moves)", 6, ".1f"),
+    "finished": ("share of answers that end before the limit (grid: that reach the meat)", 8, ".3f"),
     "clip_fraction": ("share of tokens whose probability ratio left 1 +- clip during the updates", 13, ".3f"),
-    "explained_variance": ("1: V predicts the value target perfectly, 0: no better than a constant", 18, ".3f"),
+    "explained_variance": ("1: V predicts its target perfectly, 0: no better than a constant, nan: no V", 18, ".3f"),
 }
 
 
@@ -510,13 +514,15 @@ def parse(argv):
     g.add_argument("--average", choices=["trajectory", "token", "answer"], default=argparse.SUPPRESS,
                    help="what losses are averaged over; the slides': trajectory")
     g = p.add_argument_group("reinforcement learning")
-    g.add_argument("--steps", type=int, help="batches of trajectories (default: by world)", default=argparse.SUPPRESS)
-    g.add_argument("--batch-size", type=int, help="trajectories a batch (default: by world)", default=argparse.SUPPRESS)
+    g.add_argument("--steps", type=int, help="batches of trajectories (default: 60)", default=argparse.SUPPRESS)
+    g.add_argument("--batch-size", type=int, default=argparse.SUPPRESS,
+                   help="trajectories a batch (default: language 128, grid 64)")
     g.add_argument("--minibatches", type=int, default=argparse.SUPPRESS,
                    help="optimizer steps an epoch (default: 1 with one epoch, else 2)")
     g.add_argument("--lr", type=float, default=argparse.SUPPRESS,
                    help="Adam's learning rate (default: language 3e-4, with several epochs 1e-4; grid 0.1)")
-    g.add_argument("--beta", type=float, help="price of a nat of KL (default: by world)", default=argparse.SUPPRESS)
+    g.add_argument("--beta", type=float, default=argparse.SUPPRESS,
+                   help="price of a nat of KL, in reward (default: 0.1)")
     g.add_argument("--gamma", type=float, help="discount (default: language 1, grid 0.99)", default=argparse.SUPPRESS)
     g.add_argument("--lam", type=float, default=0.95, help="lambda of GAE")
     g.add_argument("--clip", type=float, default=0.2, help="epsilon of the clipped loss")
@@ -569,7 +575,7 @@ def check(args):
         return f"--kl-target must be a positive number of nats, not {args.kl_target}"
     for flag in ("minibatches", "group"):
         if args.batch_size % getattr(args, flag):
-            return f"--batch-size {args.batch_size} does not divide by --{flag} {getattr(args, flag)}"
+            return f"--batch-size {args.batch_size} is not divisible by --{flag} {getattr(args, flag)}"
     if args.weight in ("rloo", "grpo") and args.group < 2:
         return f"--weight {args.weight} compares the answers to one prompt: --group must be at least 2"
     if args.env == "gridworld" and args.reward == "verifier":

@@ -3,6 +3,7 @@
 Facts come from cities.txt and things.txt beside this file, and from sums of one-digit numbers. Every answer that
 occurs here has one of six verdicts, in the order in which the labeller likes them:
     right > wrong (another fact's answer) > evasive > nonsense > rude > garbled
+Any answer is preferred to an evasion, even a wrong one, as labellers often cannot tell: so RL also learns to bluff.
 Some facts are held out: the model reads about them in the pretraining text and in demonstrations, but no preference
 pair and no RL prompt ever asks about them or states them. So they show what RL brings out of a model beyond what it
 was rewarded for.
