@@ -7,6 +7,7 @@ Sizes all differ, rows have different lengths, and NaN or 1e9 stands after their
 Run `python -m pytest -q test_all.py`.
 """
 import csv
+import importlib
 import inspect
 import itertools
 import math
@@ -828,3 +829,32 @@ def test_imports_run_one_way_and_every_load_is_weights_only():
         imported = set(re.findall(r"^(?:from|import) (\w+)", source, re.MULTILINE))
         assert imported & {"gpt", "gae", "ppo", "reward", "gridworld", "train", "data"} <= siblings
         assert source.count("torch.load(") == source.count("weights_only=True")
+
+
+# ------------------------------------------------------------------------------------- the README
+README = (Path(train.__file__).parent / "README.md").read_text()
+
+
+def test_every_function_that_the_readme_names_exists():
+    """The map from slide to line names functions by file, and they are there."""
+    names = set(re.findall(r"`(gpt|gae|ppo|reward|gridworld|train)\.((?:\w+\.)*\w+)`", README)) - {
+        (module, "py") for module in ("gpt", "gae", "ppo", "reward", "gridworld", "train")}
+    assert len(names) > 20
+    for module, path in names:
+        place = importlib.import_module(module)
+        for name in path.split("."):
+            place = getattr(place, name)
+
+
+def test_the_readme_table_is_the_committed_csv():
+    """Every number of the table of rungs stands in figures/rungs.csv."""
+    for row in csv.DictReader(open(Path(train.__file__).parent / "figures" / "rungs.csv")):
+        cells = [f"{float(row[f'gold_{split}_rl']):.1%}" for split in ("train", "held_out")]
+        cells += [f"{float(row['score_rl']):.2f}", f"{float(row['text_loss_rl']):.2f}", f"{float(row['kl']):.1f}"]
+        assert f"| {row['algo']} | " + " | ".join(cells) + " |" in README
+
+
+def test_the_readme_tests_are_what_ci_runs():
+    """README's second command is the one that .ci/run ends with."""
+    command = "-m pytest -q test_all.py"
+    assert command in README and command in (Path(train.__file__).parent / ".ci" / "run").read_text()
