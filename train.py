@@ -24,6 +24,7 @@ import inspect
 import json
 import math
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -586,8 +587,7 @@ def check(args):
         return "--device mps: no Apple GPU here; use --device cpu"
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        write_beside(args.out / ".writable", lambda path: path.write_text(""))
-        (args.out / ".writable").unlink()
+        tempfile.TemporaryFile(dir=args.out).close()
     except OSError as e:
         return f"--out {args.out} cannot be written ({e.strerror})"
 
