@@ -43,6 +43,7 @@ from reward import RewardModel, pair_accuracy, train_reward_model
 
 # ---------------------------------------------------------------------------- the ladder, as data
 class Algorithm(NamedTuple):
+    """A row of the ladder; every column has a flag that overrides it."""
     weight: str            # what multiplies each log-prob
     loss: str
     epochs: int            # passes over one batch: one is one step on the whole batch, several run over minibatches

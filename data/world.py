@@ -27,6 +27,7 @@ class DataError(ValueError):
 
 
 class Fact(NamedTuple):
+    """What is true in this world, and what questions are about."""
     kind: str    # city, thing or sum
     name: str    # Shanghai           gravity                               2+5+4
     answer: str  # China              what pulls things toward each other   11
