@@ -702,6 +702,19 @@ def test_rewards_and_walls_are_the_slides():
         assert world.reward[y * 5 + x, action] == reward
 
 
+def test_the_meat_ends_an_episode_and_the_time_limit_only_cuts_it_off():
+    """Slide "RL Toy Example": the meat is entered at most once, last; where it is not, V of the next state counts."""
+    world = GridWorld(limit=20)
+    policy = world.new_policy()
+    policy.value.data += 7.0
+    batch, summary = world.sample(policy, 60)
+    got_meat = batch["rewards"] == 100
+    length = batch["mask"].sum(1)
+    assert torch.equal(got_meat.any(1), got_meat[torch.arange(60), length - 1]) and got_meat.sum(1).max() == 1
+    assert torch.equal(batch["last_value"], torch.where(got_meat.any(1), 0.0, 7.0))
+    assert set(length[~got_meat.any(1)].tolist()) == {20} and 0 < summary["finished"] < 1
+
+
 def test_optimal_values_and_policy_values_agree_on_the_optimal_policy():
     """Slide "RL Toy Example": V* from value iteration is V^pi of the policy that is greedy for it, and no more."""
     world = GridWorld()
