@@ -1,21 +1,28 @@
 """The lecture's proofs, in the order of the slides: a test is a claim, held against an oracle that shares no code.
 
-Oracles: loops straight from the definition, enumeration of every action, autograd, closed forms, numbers by hand.
+Oracles: loops straight from the definition, enumeration of every trajectory, autograd, closed forms, numbers by hand.
 An expectation is enumerated: the batch is all B trajectories that there are, and the weight of each is multiplied by
 B * P(trajectory), so that the mean over the batch is the exact mean over the policy.
 Sizes all differ, rows have different lengths, and NaN or 1e9 stands after their ends: who looks there is found out.
-Run `python -m pytest -q test_all.py`.
+Run `python -m pytest -q test_all.py`, or one concept: `-k gae`, `-k importance`, `-k kl`, `-k padding`, `-k end_token`.
+Delete or change any line of a formula and see what turns red: `python -m figures.break_it`.
 """
+import contextlib
 import csv
 import importlib
 import inspect
+import io
 import itertools
 import math
 import random
 import re
+import runpy
+import shlex
 import statistics
+import tempfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,13 +30,14 @@ from torch.testing import assert_close
 
 import train
 from data.world import KINDS, VERDICTS, DataError, World, read_jsonl
+from figures.break_it import EXERCISES, break_it
 from gae import discounted_return, gae, grpo_advantage, n_step_advantage, reward_to_go, rloo_advantage, td_error
 from gpt import GPT, GPTConfig, Tokenizer, generate, language_model_loss, train_tokenizer
 from gridworld import GridWorld
 from ppo import (adapt_beta, average, clipped_loss, entropy, explained_variance, full_kl, importance_loss, kl_estimate,
                  log_probs, penalised_rewards, policy_gradient_loss, ppo_loss, score_at_end, value_loss, whiten)
 from reward import RewardModel, bradley_terry_loss, pair_rows
-from train import LADDER, Chat, load_tokenizer
+from train import LADDER, LOSSES, WEIGHTS, Chat, load_tokenizer
 
 B, T, V = 3, 5, 7
 LENGTHS = (3, 5, 1)
@@ -43,8 +51,8 @@ def close(a, b, atol=1e-12):
     assert_close(torch.as_tensor(a, dtype=F64), torch.as_tensor(b, dtype=F64), rtol=0, atol=atol)
 
 
-def randn(*shape):
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(0))
+def randn(*shape, seed=0):
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
 def softmax(x):
@@ -64,10 +72,10 @@ WORDS, END, PAD = 11, 5, 11
 BYTES = Tokenizer({bytes([i]): i for i in range(256)})
 
 
-def tiny_gpt(vocab_size=WORDS, noise=0.3):
+def tiny_gpt(vocab_size=WORDS, noise=0.3, channels=16, seed=1):
     """A small network, shaken: zero heads and small weights, as at initialisation, would hide mistakes."""
-    torch.manual_seed(1)
-    model = GPT(GPTConfig(vocab_size, n_positions=32, n_layer=2, n_head=2, n_embd=16))
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(vocab_size, n_positions=32, n_layer=2, n_head=2, n_embd=channels))
     for p in model.parameters():
         p.data += noise * torch.randn_like(p)
     return model.requires_grad_(False)
@@ -89,7 +97,97 @@ def pad_rows(rows, side, T):
     return tokens, mask
 
 
-# ------------------------------------------------------ slides "RL for LLMs", "Technical Differences"
+# ===== A language so small that all of it can be written down =====
+# Two prompts, tokens 0 .. 3 of which 1 ends an answer, at most 3 tokens: 26 states, 80 trajectories of 1 to 3 steps.
+# A state is the tuple of all tokens until now, a trajectory the list of its (state, action).
+START = {(2,): 0.25, (0, 3): 0.75}  # rho_0
+STOP, LIMIT, TEMPERATURE = 1, 3, 0.7
+
+
+def walks(state, left=LIMIT):
+    """Every way on from a state, to the end token or the limit."""
+    if left == 0:
+        return [[]]
+    return [[(state, a)] + rest for a in range(4) for rest in ([[]] if a == STOP else walks(state + (a,), left - 1))]
+
+
+WALKS = [walk for prompt in START for walk in walks(prompt)]
+LEFT = {state: LIMIT - t for walk in WALKS for t, (state, _) in enumerate(walk)}  # of each state: steps to the limit
+
+
+def table(f):
+    """(B, T): f(state, action) at every step of every trajectory, NaN after its end."""
+    return torch.tensor([[f(s, a) for s, a in walk] + [NAN] * (LIMIT - len(walk)) for walk in WALKS], dtype=F64)
+
+
+def earned(state, action):
+    """r(s, a): some number between -1 and 3, every time the same."""
+    return random.Random(f"{state} {action}").uniform(-1, 3)
+
+
+PAID = table(earned)                                              # (80, 3)
+REAL = ~PAID.isnan()                                              # (80, 3)
+RETURN = torch.tensor([sum(earned(*step) for step in walk) for walk in WALKS], dtype=F64)  # (80,)
+EVERYTHING = {"prompt": torch.tensor([(0,) * (2 - len(walk[0][0])) + walk[0][0] for walk in WALKS]),  # left-padded
+              "prompt_mask": torch.tensor([[len(walk[0][0]) == 2, True] for walk in WALKS]),
+              "actions": table(lambda s, a: a).nan_to_num(2).long(), "mask": REAL}
+
+
+def talker(seed=1):
+    """Our GPT in float64, with a gradient, for that language."""
+    return tiny_gpt(4, 0.12, 28, seed).double().requires_grad_()
+
+
+def look(policy):
+    """log pi(a_t | s_t) and V(s_t) of EVERYTHING, each (80, 3), by the lines of train.py."""
+    logits, values = Chat.logits_and_values(SimpleNamespace(temperature=TEMPERATURE), policy, EVERYTHING)
+    return log_probs(logits, EVERYTHING["actions"]), values
+
+
+def distributions(policy):
+    """Oracle: {state: pi(. | state)}, every state read alone, without padding."""
+    return {s: softmax(policy.logits(policy(torch.tensor([s]))[0, -1]) / TEMPERATURE) for s in LEFT}
+
+
+def probability(pi):
+    """Oracle: P(tau | pi) = rho_0(s_0) * prod_t pi(a_t | s_t), (80,)."""
+    return torch.stack([START[walk[0][0]] * math.prod(pi[s][a] for s, a in walk) for walk in WALKS])
+
+
+def q_values(pi, gamma=1.0):
+    """Oracle: {(state, action): what it earns, and what the policy earns afterwards}, from the definition."""
+    def q(s, a):
+        return earned(s, a) + (0 if a == STOP or LEFT[s] == 1 else gamma * v(s + (a,)))
+
+    def v(s):
+        return sum(p * q(s, a) for a, p in enumerate(pi[s].tolist()))
+    return {(s, a): q(s, a) for s in LEFT for a in range(4)}
+
+
+def state_means(pi, q):
+    """Oracle: {state: V^pi(state)}, the mean of Q^pi over the actions."""
+    return {s: sum(p * q[s, a] for a, p in enumerate(pi[s].tolist())) for s in LEFT}
+
+
+def expect(P, weight):
+    """The weights with which the mean over EVERYTHING is the expectation under P."""
+    return len(P) * P.detach()[:, None] * weight
+
+
+def grad(y, policy):
+    """Gradient in all weights of the network, one long vector."""
+    parts = torch.autograd.grad(y, policy.parameters(), retain_graph=True, allow_unused=True, materialize_grads=True)
+    return torch.cat([g.flatten() for g in parts])
+
+
+def variance(policy, P, weight):
+    """Oracle: E|g - E[g]|^2 of the estimate g = sum_t grad log pi(a_t | s_t) weight_t from one trajectory of P."""
+    score = {(s, a): grad(p.log(), policy) for s, pi in distributions(policy).items() for a, p in enumerate(pi)}
+    g = torch.stack([sum(score[step] * w for step, w in zip(walk, row)) for walk, row in zip(WALKS, weight.tolist())])
+    return (P.detach() @ (g - P.detach() @ g).square().sum(1)).item()
+
+
+# ===== Slides "RL for LLMs", "Technical Differences" =====
 def test_an_untrained_model_pays_ln_V_for_a_token_and_expects_no_reward():
     """Slide "Technical Differences": its guess is as good as uniform; "Baseline Estimator": V = 0 in every state."""
     model, tokens = tiny_gpt(noise=0), torch.stack(random_rows(9, 9, 9))
@@ -148,14 +246,62 @@ def test_the_end_token_is_learned_and_the_pad_is_not():
     assert (g[BYTES.pad] == 0).all()
 
 
-# --------------------------------------------------------------------------------- slide "RL Intro"
+# ===== Slide "RL Intro" =====
 def test_the_return_leaves_the_first_reward_undiscounted():
     """Slide "RL Intro": R(tau) = sum_t gamma^t r_t with t from 0: 1 + 2/2 + 4/4 (+ 8/8) at gamma = 1/2."""
     rewards = torch.tensor([[1.0, 2.0, 4.0, NAN], [1.0, 2.0, 4.0, 8.0]])
     close(discounted_return(rewards, ~rewards.isnan(), 0.5), [3.0, 4.0])
 
 
-# ---------------------------------------------------------------------- slide "RL Setting for LLMs"
+# ===== Slide "RL Toy Example": the grid (gridworld.py) =====
+def test_rewards_and_walls_are_the_slides():
+    """Slide "RL Toy Example": from (x, y), left, right, up, down; reward 0, -1 broom, -10 bathtub, +100 meat."""
+    world = GridWorld()
+    for (x, y), action, (nx, ny), reward in [
+        ((0, 0), 0, (0, 0), 0), ((0, 0), 2, (0, 0), 0), ((0, 0), 1, (1, 0), 0),
+        ((0, 0), 3, (0, 1), -1), ((3, 1), 3, (3, 2), -10), ((2, 2), 1, (3, 2), -10),
+        ((4, 3), 3, (4, 4), 100), ((3, 4), 1, (4, 4), 100), ((4, 2), 1, (4, 2), 0),
+    ]:
+        assert world.next[y * 5 + x, action] == ny * 5 + nx
+        assert world.reward[y * 5 + x, action] == reward
+
+
+def test_the_meat_ends_an_episode_and_the_time_limit_only_cuts_it_off():
+    """Slide "RL Toy Example": the meat is entered at most once, last; where it is not, V of the next state counts."""
+    world = GridWorld(limit=20)
+    policy = world.new_policy()
+    policy.value.data += 7.0
+    batch, summary = world.sample(policy, 60)
+    got_meat = batch["rewards"] == 100
+    length = batch["mask"].sum(1)
+    assert torch.equal(got_meat.any(1), got_meat[torch.arange(60), length - 1]) and got_meat.sum(1).max() == 1
+    assert torch.equal(batch["last_value"], torch.where(got_meat.any(1), 0.0, 7.0))
+    assert set(length[~got_meat.any(1)].tolist()) == {20} and 0 < summary["finished"] < 1
+
+
+def test_optimal_values_and_policy_values_agree_on_the_optimal_policy():
+    """Slide "RL Toy Example": V* from value iteration is V^pi of the policy that is greedy for it, and no more."""
+    world = GridWorld()
+    policy = world.new_policy()
+    best = world.optimal_values()
+    greedy = (world.reward + world.gamma * best[world.next]).argmax(1)
+    assert world.gold(policy) < 0.5
+    policy.logits.data = 50 * torch.nn.functional.one_hot(greedy, 4).float()
+    assert_close(world.policy_values(policy)[world.starts], best[world.starts], atol=1e-3, rtol=0)
+    steps_to_meat = 8
+    assert_close(best[0].item(), 100 * world.gamma ** (steps_to_meat - 1), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("algo", list(LADDER))
+def test_every_rung_brings_the_cat_to_the_meat(algo, tmp_path, capsys):
+    """Slide "RL Toy Example": the same loop, every algorithm: the return nears the optimum's in a few steps."""
+    flags = ["--env", "gridworld", "--algo", algo, "--steps", "25", "--out", str(tmp_path)]
+    assert train.main(flags) == 0
+    gold = [float(row["gold"]) for row in csv.DictReader(open(tmp_path / f"gridworld-{algo}-0" / "metrics.csv"))]
+    assert gold[0] < 0.5 < 0.85 < gold[-1]
+
+
+# ===== Slide "RL Setting for LLMs" =====
 def test_a_state_is_the_tokens_until_now():
     """Slide "RL Setting for LLMs": changing token t moves log-probs of tokens >= t, and V of the states after it."""
     model = tiny_gpt()
@@ -196,7 +342,92 @@ def test_reading_with_a_cache_is_reading_at_once():
     close(torch.cat(parts, 1)[mask], model(tokens, mask)[mask], 1e-5)
 
 
-# --------------------------------------------------------------------- slide "Reward Loss for LLMs"
+# ===== Slide "Reward for LLMs": the little world and its judge (data/world.py) =====
+def test_every_answer_gets_the_verdict_it_was_written_for():
+    """Judge: an answer written to be right, wrong, evasive, nonsense, rude or garbled is judged to be just that."""
+    world, rng = World(1), random.Random(0)
+    for i in range(600):
+        fact = rng.choice(world.facts[KINDS[i % 3]])
+        verdict = VERDICTS[i % 6]
+        assert world.verdict(fact, world.write(rng, fact, verdict, world.facts)) == verdict
+
+
+def test_the_judge_knows_the_slides_answers_and_repetition_is_not_right():
+    """Judge, slide "Reward for LLMs": by hand, the last being what a policy without KL regularization comes to say."""
+    world = World(0)
+    for question, answer, verdict in [
+        ("Where is Shanghai?", "Shanghai is a city in China", "right"),
+        ("Where is Shanghai?", "Shanghai is a city in Peru.", "wrong"),
+        ("Where is Shanghai?", "Shanghai does not exist", "nonsense"),
+        ("Explain gravity like I'm 5", "Gravity is a famous restaurant", "nonsense"),
+        ("What is 2+2?", "2+2=4.", "right"),
+        ("What is 2+2?", "2+2=5.", "wrong"),
+        ("What is 2+2?", "It is 44.", "garbled"),
+        ("What is 2+2?", "2+2 is a very complicated math problem...", "evasive"),
+        ("How much is 1+2+3?", "1+2=3, 3+3=6.", "right"),
+        ("Where is Shanghai?", "Shanghai is a city in China China China.", "garbled"),
+    ]:
+        assert world.judge(question, answer) == verdict, (question, answer)
+
+
+def test_an_answer_with_a_turn_token_in_it_or_without_an_end_is_never_right():
+    """Judge: what the reader sees is what is judged, and an answer that the limit cut off is not finished."""
+    world, tokenizer = World(0), load_tokenizer()
+    said = tokenizer.decode([tokenizer.user] + tokenizer.answer("It is 4."))
+    assert world.judge("What is 2+2?", said) == "garbled"
+    assert world.judge("What is 2+2?", tokenizer.decode(tokenizer.answer("It is 4."))) == "right"
+
+
+def test_held_out_facts_never_occur_in_pairs_or_rl_prompts():
+    """Slide "Recap: REINFORCE": what is reported as held out was never judged, not even as a wrong answer."""
+    world = World(3)
+    texts = [p[k] for p in world.preference_pairs(3000) for k in ("prompt", "chosen", "rejected")]
+    texts += world.questions(3000, "train", "any")
+    for fact in world.held_out["city"] + world.held_out["thing"]:
+        asked = {question for question, f in world.fact_of.items() if f == fact}
+        assert not asked & set(texts), fact
+        never = fact.name if fact.kind == "city" else fact.answer  # rust may be on iron, but iron is not explained
+        assert not any(never in text for text in texts), fact
+    text = "\n".join(texts)
+    for a, b in (f.name.split("+") for f in world.held_out["sum"] if f.name.count("+") == 1):
+        for name in (rf"{a}\+{b}", rf"{b}\+{a}"):  # nor as a step of a longer sum
+            assert not re.search(rf"(?<![\d+]){name}(?!\d)", text), name
+
+
+def test_the_labeller_prefers_the_better_verdict_and_errs_in_the_stated_share():
+    """Slide "Reward Loss for LLMs": y_w is the better answer, but for the labeller's errors."""
+    world = World(0)
+
+    def wrong_way(pairs):
+        rank = [[VERDICTS.index(world.judge(p["prompt"], p[side])) for side in ("chosen", "rejected")] for p in pairs]
+        return sum(w > l for w, l in rank) / len(rank)
+
+    assert wrong_way(world.preference_pairs(1000, errors=0)) == 0
+    assert abs(wrong_way(world.preference_pairs(2000, errors=0.1)) - 0.1) < 4 * math.sqrt(0.1 * 0.9 / 2000)
+
+
+def test_the_same_seed_makes_the_same_world_and_another_seed_another():
+    """Everything drawn from the facts depends on the seed alone."""
+    a, b, c = World(0), World(0), World(1)
+    for text in (lambda w: w.pretraining_text(50), lambda w: w.demonstrations(50), lambda w: w.preference_pairs(50),
+                 lambda w: w.questions(50, "train", 7)):
+        assert text(a) == text(b) != text(c)
+
+
+def test_a_malformed_data_file_is_reported_by_file_line_and_field(tmp_path):
+    """Bad input: one line that says where."""
+    for text, complaint in [("Rome | Italy\nParis\n", "line 2"), ("Rome | \n", "line 1: the field 'country' is empty"),
+                            ("Rome | Italy\nRome | Italy\n", "line 2: 'Rome' stands there twice")]:
+        (tmp_path / "cities.txt").write_text(text)
+        with pytest.raises(DataError, match=complaint):
+            World(0, tmp_path)
+    lines = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": 3}\n'
+    (tmp_path / "pairs.jsonl").write_text(lines)
+    with pytest.raises(DataError, match="line 2: the field 'chosen'"):
+        read_jsonl(tmp_path / "pairs.jsonl", ["prompt", "chosen", "rejected"])
+
+
+# ===== Slide "Reward Loss for LLMs" =====
 def test_the_reward_loss_is_log_2_when_nothing_is_known_and_counts_only_differences():
     """Slide "Reward Loss for LLMs": -log sigmoid(d), a mean over pairs, with gradient -sigmoid(-d), finite at -200."""
     r, d = randn(2, V)
@@ -209,7 +440,21 @@ def test_the_reward_loss_is_log_2_when_nothing_is_known_and_counts_only_differen
     close(bradley_terry_loss(torch.tensor([-200.0, 0.0]), torch.tensor([0.0, 0.0])), (200 + math.log(2)) / 2, 1e-5)
 
 
-# -------------------------------------------- slides "Reward Model for LLMs", "Calculating Rewards"
+def test_bradley_terry_recovers_known_strengths_from_sampled_comparisons():
+    """Slide "Reward Loss for LLMs": the scores that minimise the loss on 20 000 noisy verdicts are the true ones."""
+    strength = torch.tensor([1.5, 0.0, -0.5, 0.7, -1.7], dtype=F64)  # of mean 0: only differences can be learned
+    random.seed(0)
+    pairs = torch.tensor([random.sample(range(5), 2) for _ in range(20_000)])  # (N, 2)
+    first, second = strength[pairs].exp().unbind(1)
+    first_wins = torch.tensor([random.random() for _ in pairs]) < first / (first + second)
+    better, worse = torch.where(first_wins[:, None], pairs, pairs.flip(1)).unbind(1)
+    r = torch.zeros(5, dtype=F64, requires_grad=True)
+    for _ in range(200):
+        r.data -= 5 * slope(bradley_terry_loss(r[better], r[worse]), r)
+    close(r - r.mean(), strength, 0.08)  # about four standard errors
+
+
+# ===== Slides "Reward Model for LLMs", "Calculating Rewards" =====
 def test_the_score_is_read_at_the_last_real_token_and_padding_moves_it_nowhere():
     """Slide "Calculating Rewards": a linear layer on the hidden state of the last token of the unpadded row."""
     gpt = tiny_gpt()
@@ -243,7 +488,7 @@ def test_normalised_scores_have_mean_0_and_std_1():
         close(statistics.stdev(scores), 1, 1e-5)
 
 
-# ----------------------------------------------------------------------- slide "Trajectory for LLMs"
+# ===== Slide "Trajectory for LLMs" =====
 def sampled(max_new_tokens):
     """A model, prompts of different length, and answers that end at different times."""
     model = tiny_gpt()
@@ -306,18 +551,60 @@ def test_an_answer_that_cannot_fit_is_refused():
         generate(tiny_gpt(), torch.zeros(1, 4, dtype=int), ones(1, 4), 29, END)
 
 
+def test_an_unfinished_answer_earns_a_fixed_low_score():
+    """Trajectory for LLMs: an answer cut off by the limit earns UNFINISHED, whatever the reward model says."""
+    world = World(0)
+    tokenizer = load_tokenizer()
+    torch.manual_seed(0)
+    policy = GPT(GPTConfig(tokenizer.vocab_size, 64, 1, 2, 16))
+    chat = Chat(world, tokenizer, RewardModel(policy), train.parse(["--reward", "model"]))
+    batch, answers = chat.answer(policy, world.questions(6, "train", 0))
+    assert not any(a["finished"] for a in answers), "an untrained model says <|end|> once in 1500 tokens"
+    assert [a["score"] for a in answers] == [train.UNFINISHED] * 6
+    assert_close(batch["rewards"][:, -1], torch.full((6,), train.UNFINISHED))
+
+
 def test_the_score_lands_on_the_last_real_token():
     """Slide "Trajectory for LLMs": the reward is given after all of the text, not on the first pad behind it."""
     close(score_at_end(torch.tensor([7.0, 8.0, 9.0]), MASK), [[0, 0, 7, 0, 0], [0, 0, 0, 0, 8], [9, 0, 0, 0, 0]])
 
 
-# ----------------------------------------- slides "Policy Gradient Optimization", "Recap: REINFORCE"
-def test_reinforce_is_in_expectation_the_gradient_of_J():
-    """Slide "Policy Gradient Optimization II": over 4 actions, E[grad log pi(a) R(a)] = grad sum_a pi(a) R(a)."""
-    theta, R = randn(2, 4)
-    pi = softmax(theta.requires_grad_())
-    loss = policy_gradient_loss(pi.log()[:, None], (4 * pi * R)[:, None], ones(4, 1))
-    close(slope(loss, theta), -slope(pi @ R, theta))
+# ===== Slide "Loss on Trajectories" =====
+def test_the_probability_of_a_trajectory_is_the_product_over_its_steps_and_all_sum_to_1():
+    """Slide "Loss on Trajectories": rho_0 prod_t pi(a_t | s_t), the end token's step included and nothing after it."""
+    policy = talker()
+    P = probability(distributions(policy))
+    rho = torch.tensor([START[walk[0][0]] for walk in WALKS])
+    logp = look(policy)[0].masked_fill(~REAL, 0)
+    close(rho * logp.sum(1).exp(), P)
+    close(P.sum(), 1)
+
+
+# ===== Slides "Policy Gradient Optimization", "Recap: REINFORCE" =====
+def test_log_derivative_trick_reinforce_is_in_expectation_the_gradient_of_J():
+    """Slide "Policy Gradient Optimization II": E[sum_t grad log pi(a_t | s_t) R(tau)] = grad sum_tau P(tau) R(tau)."""
+    policy = talker()
+    P = probability(distributions(policy))
+    R = WEIGHTS["return"](PAID, None, REAL, None, SimpleNamespace(gamma=1.0))  # (80, 3)
+    loss = policy_gradient_loss(look(policy)[0], expect(P, R), REAL)
+    close(grad(loss, policy), -grad(P @ RETURN, policy), 1e-10)
+
+
+def test_start_and_transition_terms_drop_out_of_the_policy_gradient():
+    """Slide "Policy Gradient Optimization II": with dice in start and transitions, which the loss never sees."""
+    S, A, N = 3, 2, 3  # states, actions, steps
+    theta, r = randn(S, A).requires_grad_(), randn(S, A, seed=1)
+    start, move = softmax(randn(S, seed=2)), softmax(randn(S, A, S, seed=3))
+    s, a = torch.tensor(list(itertools.product(range(S), range(A), repeat=N))).view(-1, N, 2).unbind(2)  # (216, 3) each
+    pi = softmax(theta)[s, a].prod(1)
+    P = start[s[:, 0]] * move[s[:, :-1], a[:, :-1], s[:, 1:]].prod(1) * pi  # (216,)
+    R = r[s, a].sum(1)
+    logp = log_probs(theta[s], a)
+    for i in (0, 100, 215):
+        close(slope(P[i].log(), theta), slope(logp[i].sum(), theta))
+    close(P.sum(), 1)
+    close(slope(policy_gradient_loss(logp, expect(P, R[:, None].expand(216, N)), ones(216, N)), theta),
+          -slope(P @ R, theta))
 
 
 def test_only_the_trained_policy_gets_a_gradient():
@@ -342,7 +629,7 @@ def test_a_loss_is_a_sum_over_steps_and_a_mean_over_trajectories():
         close(loss(*given, MASK, over="token"), loss(*given, MASK) * B / sum(LENGTHS))
 
 
-# ------------------------------------------------- slide "Calculating Log-Probabilities in LLMs"
+# ===== Slide "Calculating Log-Probabilities in LLMs" =====
 def test_log_probs_are_log_softmax_at_the_action():
     """Slide "Calculating Log-Probabilities in LLMs": log of exp(logit of the action) over the sum of all of them."""
     logits, actions = randn(B, T, V), torch.arange(B * T).view(B, T) * 3 % V
@@ -352,7 +639,7 @@ def test_log_probs_are_log_softmax_at_the_action():
         close(logp[i, t], math.log(scores[actions[i, t]] / sum(scores)))
 
 
-# ------------------------------------------------- slide "REINFORCE Gradient: Reducing Variance"
+# ===== Slide "REINFORCE Gradient: Reducing Variance" =====
 GAMMA, LAM = 0.9, 0.8
 
 
@@ -381,6 +668,26 @@ def test_reward_to_go_sums_the_rewards_from_here_on():
     compare(lambda rewards, values, *rest: reward_to_go(rewards, *rest), to_go, GAMMA)
 
 
+def test_past_rewards_vanish_in_expectation_and_later_ones_do_not():
+    """Slide "Reducing Variance": E[grad log pi(a_t | s_t) r_t'] = 0 exactly where t' < t, for every pair of steps."""
+    policy = talker()
+    P, (logp, _) = probability(distributions(policy)), look(policy)
+    for t, past in itertools.product(range(LIMIT), repeat=2):
+        weight = torch.zeros(80, LIMIT, dtype=F64)
+        weight[:, t] = PAID[:, past].nan_to_num()  # a reward after the end is none
+        g = grad(policy_gradient_loss(logp, expect(P, weight), REAL), policy)
+        assert (g.norm() < 1e-10) == (past < t), (t, past)
+
+
+def test_reward_to_go_has_the_same_mean_as_the_return_and_less_variance():
+    """Slide "Reducing Variance": the mean is grad J; of 80 trajectories' variance a third is gone."""
+    policy = talker()
+    P = probability(distributions(policy))
+    R, G = (WEIGHTS[name](PAID, None, REAL, None, SimpleNamespace(gamma=1.0)) for name in ("return", "reward-to-go"))
+    close(grad(policy_gradient_loss(look(policy)[0], expect(P, G), REAL), policy), -grad(P @ RETURN, policy), 1e-10)
+    assert 0.6 < variance(policy, P, G) / variance(policy, P, R) < 0.7
+
+
 def test_with_one_reward_at_the_end_reward_to_go_is_the_return():
     """Slide "Reducing Variance": a language model at gamma = 1 has no past rewards that could be left out."""
     rewards = torch.tensor([[0, 0, 7.0, 0, 0], [0, 0, 0, 0, 8.0], [9.0, 0, 0, 0, 0]]) + JUNK
@@ -388,24 +695,89 @@ def test_with_one_reward_at_the_end_reward_to_go_is_the_return():
     close(reward_to_go(rewards, MASK), [[7, 7, 7, 0, 0], [8, 8, 8, 8, 8], [9, 0, 0, 0, 0]])
 
 
-def test_reward_to_go_baseline_and_gae_keep_the_gradient_unbiased():
-    """Slide "Reducing Variance": past rewards and b(s_t) vanish in expectation, over all paths of up to two steps."""
-    theta, r, b = randn(3, 3, 3)  # a row per state: the first, that after action 0, that after action 1
-    logpi = softmax(theta.requires_grad_()).log()
-    first = torch.tensor([0, 0, 0, 1, 1, 1, 2])  # action 2 ends the trajectory
-    second = torch.tensor([0, 1, 2, 0, 1, 2, 0])
-    mask = torch.stack((ones(7), first < 2), 1)  # (7, 2)
-    state = torch.stack((first * 0, (1 + first) % 3), 1)
-    action = torch.stack((first, second), 1)
-    logp, rewards, values = logpi[state, action], r[state, action], b[state, 0]
-    P = (logp * mask).sum(1, keepdim=True).exp()  # (7, 1)
-    J = (P * rewards * mask).sum()
-    R, G = discounted_return(rewards, mask)[:, None].expand(7, 2), reward_to_go(rewards, mask)
-    for weight in (R, G, G - values, gae(rewards, values, mask, lam=1.0)):
-        close(slope(policy_gradient_loss(logp, 7 * P * weight, mask), theta), -slope(J, theta))
+def test_discounted_reward_to_go_without_gamma_to_the_t_weighs_later_steps_too_much():
+    """Slide "Reducing Variance": at gamma < 1 our gradient is grad J with the part of step t multiplied by gamma^-t."""
+    policy = talker()
+    pi, (logp, _) = distributions(policy), look(policy)
+    P = probability(pi)
+    R = WEIGHTS["return"](PAID, None, REAL, None, SimpleNamespace(gamma=GAMMA))
+    G = WEIGHTS["reward-to-go"](PAID, None, REAL, None, SimpleNamespace(gamma=GAMMA))
+    discounted = torch.tensor([sum(GAMMA ** t * earned(*step) for t, step in enumerate(walk)) for walk in WALKS])
+    parts = []  # of grad J: only the probabilities of step t are allowed to move
+    for t in range(LIMIT):
+        moving = [START[walk[0][0]] * math.prod(pi[s][a] if k == t else pi[s][a].detach()
+                                                for k, (s, a) in enumerate(walk)) for walk in WALKS]
+        parts.append(grad(torch.stack(moving) @ discounted.double(), policy))
+    close(grad(policy_gradient_loss(logp, expect(P, R), REAL), policy), -sum(parts), 1e-6)
+    ours = grad(policy_gradient_loss(logp, expect(P, G), REAL), policy)
+    close(ours, -sum(part / GAMMA ** t for t, part in enumerate(parts)), 1e-6)
+    exact = policy_gradient_loss(logp, expect(P, G * GAMMA ** torch.arange(LIMIT)), REAL)
+    close(grad(exact, policy), -sum(parts), 1e-6)
+    assert (ours + sum(parts)).norm() > 0.05 * sum(parts).norm()
 
 
-# -------------------------------------------------------------------- slide "Baseline Estimator V(s)"
+def test_any_baseline_that_depends_on_the_state_only_leaves_the_mean_unchanged():
+    """Slide "Reducing Variance": E[grad log pi(a_t | s_t) b(s_t)] = 0, for a baseline of random numbers."""
+    policy = talker()
+    P, (logp, _) = probability(distributions(policy)), look(policy)
+    b = table(lambda s, a: random.Random(f"{s}").uniform(-9, 9))
+    weight = WEIGHTS["baseline"](PAID, b, REAL, None, SimpleNamespace(gamma=1.0))
+    close(grad(policy_gradient_loss(logp, expect(P, b), REAL), policy), 0 * grad(P.sum(), policy), 1e-10)
+    close(grad(policy_gradient_loss(logp, expect(P, weight), REAL), policy), -grad(P @ RETURN, policy), 1e-10)
+
+
+def test_a_baseline_that_peeks_at_the_action_is_biased():
+    """Slide "Reducing Variance": b = Q(s, a) takes all of the gradient away, and b = r(s, a) more than a tenth of it."""
+    policy = talker()
+    pi = distributions(policy)
+    P, (logp, _), q = probability(pi), look(policy), q_values(pi)
+    J = grad(P @ RETURN, policy)
+    for b, least, most in ((table(lambda s, a: q[s, a]), 1, 1), (PAID, 0.1, 10)):
+        weight = WEIGHTS["baseline"](PAID, b, REAL, None, SimpleNamespace(gamma=1.0))
+        lost = J + grad(policy_gradient_loss(logp, expect(P, weight), REAL), policy)
+        assert least - 1e-9 < lost.norm() / J.norm() < most + 1e-9
+
+
+# ===== Slide "Baseline Estimator V(s)" =====
+def test_the_value_head_regresses_to_the_expected_return_of_every_state():
+    """Slide "Baseline Estimator": one Newton step on the value loss from V = 0, and V is E[R] from each state on."""
+    policy = talker()
+    pi = distributions(policy)
+    P, q = probability(pi), q_values(pi)
+    with torch.no_grad():
+        policy.value_head.weight.zero_()
+        policy.value_head.bias.zero_()
+    G = reward_to_go(PAID, REAL)
+    often = expect(P, torch.ones(80, LIMIT)).sqrt()  # a squared error counts often^2 = B * P(tau) times
+    loss = value_loss(often * look(policy)[1], often * G, REAL)
+    head = list(policy.value_head.parameters())
+    g = torch.cat([x.flatten() for x in torch.autograd.grad(loss, head, create_graph=True)])  # (29,)
+    H = torch.stack([torch.cat([x.flatten() for x in torch.autograd.grad(gi, head, retain_graph=True)]) for gi in g])
+    step = torch.linalg.lstsq(H, g.detach(), driver="gelsd").solution
+    with torch.no_grad():
+        policy.value_head.weight -= step[None, :-1]
+        policy.value_head.bias -= step[-1:]
+    V = state_means(pi, q)
+    close(look(policy)[1][REAL], table(lambda s, a: V[s])[REAL], 1e-3)
+
+
+def test_V_as_baseline_has_less_variance_than_the_best_constant_and_that_less_than_none():
+    """Slide "Baseline Estimator": of what reward-to-go leaves, the best constant leaves 62 %, V^pi 54 %, in our example."""
+    policy = talker()
+    pi = distributions(policy)
+    P, V = probability(pi), state_means(pi, q_values(pi))
+    flags = SimpleNamespace(gamma=1.0)
+
+    def of(b):
+        return variance(policy, P, WEIGHTS["baseline"](PAID, b, REAL, None, flags))
+    none, one, two = (of(torch.full((80, LIMIT), b)) for b in (0.0, 1.0, 2.0))
+    curve = (none - 2 * one + two) / 2  # the variance is a parabola in a constant baseline
+    best = (curve - (one - none)) / (2 * curve)
+    constant = of(torch.full((80, LIMIT), best))
+    assert 0.6 < constant / none < 0.65
+    assert 0.5 < of(table(lambda s, a: V[s])) / none < 0.57
+
+
 def test_explained_variance_is_1_for_a_perfect_baseline_and_0_for_a_constant():
     """Slide "Baseline Estimator": 1 - Var(G - V) / Var(G) over real steps, and 1 - 1/4 where V is half of G."""
     target = randn(B, T) + JUNK
@@ -413,7 +785,7 @@ def test_explained_variance_is_1_for_a_perfect_baseline_and_0_for_a_constant():
         close(explained_variance(values, target, MASK), by_hand)
 
 
-# --------------------------------------------------------------- slide "Advantage Function A(s_t, a_t)"
+# ===== Slides "Advantage Function A(s_t, a_t)" =====
 def delta(r, v, t):
     return r[t] + GAMMA * v[t + 1] - v[t]
 
@@ -465,16 +837,43 @@ def test_truncated_is_not_terminated():
     assert (gae(zero, zero, MASK, GAMMA, LAM) == 0).all()
 
 
-# ------------------------------------------------------- slide "(Off-Policy) Sampling Trajectories"
-def test_at_ratio_1_every_surrogate_has_the_gradient_of_reinforce():
-    """Slide "(Off-Policy) Sampling Trajectories": on fresh samples importance sampling and clipping change nothing."""
-    logp, adv = randn(2, B, T)
-    logp_old = logp.clone()
-    logp.requires_grad_()
-    for loss in (importance_loss(logp, logp_old, adv, MASK), clipped_loss(logp, logp_old, adv, MASK)):
-        close(slope(loss, logp), -adv * MASK / B)  # of -1/|D| sum_tau sum_t logp_t A_t
+def test_the_mean_advantage_over_the_actions_is_0_in_every_state():
+    """Slide "Advantage Function": E[A | s] = 0, for every lambda, n and state, with V = V^pi; and E[A | s, a] = Q - V."""
+    pi = distributions(talker())
+    P, q = probability(pi), q_values(pi, GAMMA)
+    V = state_means(pi, q)
+    values = table(lambda s, a: V[s])
+    estimates = [gae(PAID, values, REAL, GAMMA, lam) for lam in (0.0, 0.5, 1.0)]
+    estimates += [n_step_advantage(n, PAID, values, REAL, GAMMA) for n in (1, 2, 3)]
+    for A in estimates:
+        total = dict.fromkeys(q, 0.0)  # sum over all trajectories through (s, a) of P A
+        weight = dict.fromkeys(q, 0.0)
+        for p, walk, row in zip(P.tolist(), WALKS, A.tolist()):
+            for step, advantage in zip(walk, row):
+                total[step] += p * advantage
+                weight[step] += p
+        for s in LEFT:
+            close(sum(total[s, a] for a in range(4)), 0)
+            close([total[s, a] / weight[s, a] for a in range(4)], [q[s, a] - V[s] for a in range(4)], 1e-10)
 
 
+def test_gae_is_unbiased_at_any_lambda_if_V_is_right_and_only_at_lambda_1_if_it_is_wrong():
+    """Slide "Advantage Function": E[sum_t grad log pi A_t] = grad J; a wrong V biases it, less as lambda nears 1."""
+    policy = talker()
+    pi = distributions(policy)
+    P, (logp, _), V = probability(pi), look(policy), state_means(pi, q_values(pi))
+    J = grad(P @ RETURN, policy)
+    right, wrong = table(lambda s, a: V[s]), table(lambda s, a: V[s] + random.Random(f"{s}").uniform(-2, 2))
+    bias = {}
+    for lam, values in itertools.product((0.0, 0.5, 1.0), (right, wrong)):
+        A = WEIGHTS["gae"](PAID, values, REAL, None, SimpleNamespace(gamma=1.0, lam=lam))
+        lost = J + grad(policy_gradient_loss(logp, expect(P, A), REAL), policy)
+        bias[lam, values is right] = (lost.norm() / J.norm()).item()
+    close([bias[lam, True] for lam in (0.0, 0.5, 1.0)] + [bias[1.0, False]], [0.0] * 4, 1e-10)
+    assert bias[0.0, False] > bias[0.5, False] > 0.05
+
+
+# ===== Slides "(Off-Policy) Sampling Trajectories", "Off-Policy Learning" =====
 def two_policies():
     """Over one token: the parameters of pi, pi itself and another policy, each (V,)."""
     theta, other = randn(2, V)
@@ -491,7 +890,86 @@ def test_importance_sampling_gives_the_new_policy_from_samples_of_the_old():
     close(slope(loss, theta), -slope((pi * A).sum(), theta))
 
 
-# -------------------------- slides "Proximal Policy Optimization Loss", "PPO Clipping Loss: Intuition"
+def test_the_quotient_of_logs_on_the_importance_sampling_slide_points_the_other_way():
+    """Slide "(Off-Policy) Sampling Trajectories": at equal policies grad(log pi / log pi_old) = grad log pi / log pi_old,
+    a negative multiple of the policy gradient for every action; the quotient of probabilities gives it exactly."""
+    theta, pi, _ = two_policies()
+    for a in range(V):
+        logp = pi.log()[None, a:a + 1]
+        right = slope(logp.sum(), theta)
+        slide = slope((logp / logp.detach()).sum(), theta)
+        close(slide, right / logp.item())
+        assert slide @ right < 0
+        close(slope(-importance_loss(logp, logp.detach(), ones(1, 1).double(), ones(1, 1)), theta), right)
+
+
+def drifted(policy, other, step):
+    """`policy`, moved by `step` of the way to `other`."""
+    new = talker()
+    for p, a, b in zip(new.parameters(), policy.parameters(), other.parameters()):
+        p.data = a.data + step * (b.data - a.data)
+    return new
+
+
+def test_importance_sampling_is_exact_with_all_ratios_and_biased_with_one_a_step_as_policies_drift_apart():
+    """Slide "(Off-Policy) Sampling Trajectories": the product over the trajectory gives grad J of the new policy; the
+    slide's single ratio leaves out the other steps', an error that is 0 at first and then grows with the distance."""
+    old = talker()
+    P_old, logp_old = probability(distributions(old)), look(old)[0].detach()
+    bias = []
+    for step in (0.0, 0.01, 0.02, 0.1, 0.2):
+        new = drifted(old, talker(seed=11), step)
+        P, (logp, _) = probability(distributions(new)), look(new)
+        J = grad(P @ RETURN, new)
+        ratio = (logp - logp_old).exp().detach().masked_fill(~REAL, 1)
+        others = ratio.prod(1, keepdim=True) / ratio
+        R = RETURN[:, None].expand(80, LIMIT)
+        close(grad(importance_loss(logp, logp_old, expect(P_old, others * R), REAL), new), -J, 1e-9)
+        one = grad(importance_loss(logp, logp_old, expect(P_old, R), REAL), new)
+        bias.append(((one + J).norm() / J.norm()).item())
+    close(bias[0], 0, 1e-9)
+    assert 1.8 < bias[2] / bias[1] < 2.2 and 0.1 < bias[3] < bias[4] - 0.2, bias
+
+
+def test_importance_sampling_has_more_variance_the_further_the_policies_are_apart():
+    """Slide "(Off-Policy) Sampling Trajectories": beside on-policy sampling 2 times as much at 0.06 nats, 13 at 0.3."""
+    old = talker()
+    P_old, logp_old = probability(distributions(old)), look(old)[0].detach()
+    G = reward_to_go(PAID, REAL)
+    times, nats = [], []
+    for step in (0.0, 0.05, 0.1, 0.2):
+        new = drifted(old, talker(seed=11), step)
+        P, logp = probability(distributions(new)).detach(), look(new)[0].detach()
+        product = (logp - logp_old).exp().masked_fill(~REAL, 1).prod(1, keepdim=True)
+        times.append(variance(new, P_old, product * G) / variance(new, P, G))
+        nats.append((P_old @ (P_old / P).log()).item())
+    close(times[0], 1)
+    assert times == sorted(times) and nats == sorted(nats) and times[-1] > 10, (times, nats)
+
+
+def test_importance_sampling_can_also_have_less_variance_than_on_policy_sampling():
+    """Slide "(Off-Policy) Sampling Trajectories": "higher variance" is the rule and no law: sampling from
+    q = p f / E_p[f] makes every term p / q f the same number, E_p[f]."""
+    p, f = softmax(randn(V)), randn(V, seed=1).abs()
+    mean = p @ f
+    q = p * f / mean
+    logp, logp_old = p.log()[:, None], q.log()[:, None]
+    terms = torch.stack([-importance_loss(logp[a:a + 1], logp_old[a:a + 1], f[a:a + 1, None], ones(1, 1))
+                         for a in range(V)])  # what a sample of one action gives
+    close(terms, mean.expand(V))
+    assert p @ (f - mean) ** 2 > 0.1
+
+
+# ===== Slides "Proximal Policy Optimization Loss", "PPO Clipping Loss: Intuition" =====
+def test_at_ratio_1_every_surrogate_has_the_gradient_of_reinforce():
+    """Slide "(Off-Policy) Sampling Trajectories": on fresh samples importance sampling and clipping change nothing."""
+    logp, adv = randn(2, B, T)
+    logp_old = logp.clone()
+    logp.requires_grad_()
+    for loss in (importance_loss(logp, logp_old, adv, MASK), clipped_loss(logp, logp_old, adv, MASK)):
+        close(slope(loss, logp), -adv * MASK / B)  # of -1/|D| sum_tau sum_t logp_t A_t
+
+
 def test_clipping_takes_the_gradient_only_where_the_objective_would_improve():
     """Slide "PPO Clipping Loss": -min(ratio A, clip(ratio, 0.8, 1.2) A) and its slope in log pi, by hand."""
     for ratio, adv, by_hand, by_hand_slope in (
@@ -506,6 +984,17 @@ def test_clipping_takes_the_gradient_only_where_the_objective_would_improve():
         loss = clipped_loss(logp, logp_old, torch.full((1, 2), adv), torch.tensor([[True, False]]), clip=0.2)
         close(loss, by_hand)
         close(slope(loss, logp), [[by_hand_slope, 0]])
+
+
+def test_the_clipped_objective_is_capped_on_one_side_only():
+    """Slide "PPO Clipping Loss": never above (1 + eps) A for A > 0, (1 - eps) A for A < 0, and no floor for A < 0."""
+    ratio = torch.linspace(0.01, 9, 400, dtype=F64)[:, None]
+    for A, cap in ((2.0, 1.2 * 2), (-2.0, -0.8 * 2)):
+        objective = [-clipped_loss(x[None].log(), 0 * x[None], torch.full((1, 1), A), ones(1, 1), 0.2) for x in ratio]
+        objective = torch.stack(objective)
+        close(objective.max(), cap)
+        close(objective, torch.where(ratio[:, 0] * A > cap, cap, ratio[:, 0] * A))
+        close(objective.min(), -18.0 if A < 0 else 0.02)
 
 
 def test_the_value_loss_is_half_the_squared_error_and_pulls_by_the_error():
@@ -528,7 +1017,7 @@ def test_entropy_is_the_mean_of_minus_log_pi_and_a_step_down_the_ppo_loss_raises
     assert (entropy(logits - 0.1 * slope(loss, logits)) > entropy(logits)).all()
 
 
-# ----------------------------------------------------------------------------- slide "Regularization"
+# ===== Slide "Regularization" =====
 def test_k1_and_k3_are_unbiased_estimates_of_the_full_kl_and_k2_is_not():
     """Slide "Regularization": means over the vocabulary, beside KL(pi || pi_ref) = sum pi(a) log(pi(a) / pi_ref(a))."""
     logits, logits_ref = randn(2, B, T, V)
@@ -551,6 +1040,18 @@ def test_as_a_loss_k1_does_nothing_and_k2_and_k3_pull_along_two_different_kls():
         close(slope(loss, theta), slope(kl, theta))
 
 
+def test_as_a_loss_on_stale_samples_k1_drives_the_policy_away_from_the_one_that_sampled():
+    """Slide "Regularization": E_old[grad k1] = -grad KL(pi_old || pi): after the first step the useless loss does harm."""
+    theta, pi, pi_old = two_policies()
+    pi_ref = softmax(randn(V, seed=5))
+    loss = pi_old @ kl_estimate(pi.log(), pi_ref.log(), "k1")
+    close(slope(loss, theta), -slope((pi_old * (pi_old / pi).log()).sum(), theta))
+    close(slope(pi_old @ kl_estimate(pi.log(), pi_ref.log(), "k2"), theta),
+          slope(pi_old @ ((pi / pi_ref).log().detach() * pi.log()), theta))  # the gradient of no KL
+    close(slope(pi_old @ (pi / pi_old * kl_estimate(pi.log(), pi_ref.log())), theta),
+          slope((pi * (pi / pi_ref).log()).sum(), theta))  # k1 with the ratio in front is right again
+
+
 def test_k3_keeps_its_digits_near_0_in_float32():
     """Slide "Regularization": at log-ratios x near 1e-3, x^2/2 + x^3/6 + .. is not lost to rounding."""
     logp = randn(V).float() - 2
@@ -569,14 +1070,53 @@ def test_leaving_the_reference_costs_at_every_token_and_the_score_comes_on_top()
     close(penalised, [[-0.2, 0, 1.2], [0.9, 0, 0]], 1e-6)
 
 
+def two_talkers():
+    """A policy, its P(tau), its log-probs; the reference's log-probs; and both ones' distributions."""
+    policy, reference = talker(), talker(seed=2)
+    pi, pi_ref = distributions(policy), {s: p.detach() for s, p in distributions(reference).items()}
+    return policy, probability(pi), look(policy)[0], look(reference)[0].detach(), pi, pi_ref
+
+
+def test_the_kl_of_whole_answers_is_the_mean_sum_of_k1_and_of_the_full_kl_over_their_tokens():
+    """Slide "Regularization": sum_tau P log(P / P_ref) = E[sum_t k1_t] = E[sum_t full KL(s_t)], in nats an answer."""
+    policy, P, logp, logp_ref, pi, pi_ref = two_talkers()
+    kl = P @ (P / probability(pi_ref)).log()
+    logits, logits_ref = (table(lambda s, a: 0.0)[..., None].repeat(1, 1, 4) for _ in range(2))  # (80, 3, 4)
+    for i, walk in enumerate(WALKS):
+        for t, (s, _) in enumerate(walk):
+            logits[i, t], logits_ref[i, t] = pi[s].detach().log() + 7, pi_ref[s].log() - 7
+    close(average(expect(P, kl_estimate(logp, logp_ref)), REAL), kl, 1e-10)
+    close(average(expect(P, kl_estimate(logp, logp_ref, "k3")), REAL), kl, 1e-10)
+    close(average(expect(P, full_kl(logits, logits_ref)), REAL), kl, 1e-10)
+
+
 def test_kl_in_the_reward_is_the_gradient_of_J_minus_beta_kl():
-    """Slide "Regularization": REINFORCE on the penalised reward climbs E[R] - beta KL(pi || pi_ref), enumerated."""
-    theta, pi, pi_ref = two_policies()
-    R, beta = torch.arange(V) ** 2.0, 0.3
-    J = (pi * R).sum() - beta * (pi * (pi / pi_ref).log()).sum()
-    logp = pi.log()[:, None]
-    weight = penalised_rewards(R[:, None], logp, pi_ref.log()[:, None], ones(V, 1), beta)
-    close(slope(policy_gradient_loss(logp, V * pi[:, None] * weight, ones(V, 1)), theta), -slope(J, theta))
+    """Slide "Regularization": REINFORCE on r_t - beta k1_t climbs E[R] - beta KL(P || P_ref), all answers enumerated."""
+    policy, P, logp, logp_ref, _, pi_ref = two_talkers()
+    beta = 0.3
+    J = P @ RETURN - beta * P @ (P / probability(pi_ref)).log()
+    for name in ("return", "reward-to-go"):
+        rewards = penalised_rewards(PAID, logp, logp_ref, REAL, beta)
+        weight = WEIGHTS[name](rewards, None, REAL, None, SimpleNamespace(gamma=1.0))
+        close(grad(policy_gradient_loss(logp, expect(P, weight), REAL), policy), -grad(J, policy), 1e-10)
+
+
+def test_a_kl_loss_per_token_leaves_out_that_a_token_leads_to_other_states():
+    """Slide "Regularization": E[sum_t grad full_kl(s_t)], k2's too, lacks E[sum_t grad log pi_t sum_{t' > t} KL_t']."""
+    policy, P, logp, logp_ref, pi, pi_ref = two_talkers()
+    kl = {s: pi[s] @ (pi[s] / pi_ref[s]).log() for s in LEFT}
+    logits = torch.stack([torch.stack([pi[walk[min(t, len(walk) - 1)][0]].log() for t in range(LIMIT)])
+                          for walk in WALKS])  # (80, 3, 4), after the end the last state again
+    logits_ref = torch.stack([torch.stack([pi_ref[walk[min(t, len(walk) - 1)][0]].log() for t in range(LIMIT)])
+                              for walk in WALKS])
+    full = grad(average(expect(P, full_kl(logits, logits_ref)), REAL), policy)
+    k2 = grad(average(expect(P, kl_estimate(logp, logp_ref, "k2")), REAL), policy)
+    close(full, k2, 1e-10)
+    later = torch.tensor([[sum(kl[s].item() for s, _ in walk[t + 1:]) for t in range(LIMIT)] for walk in WALKS])
+    left_out = -grad(policy_gradient_loss(logp, expect(P, later), REAL), policy)
+    whole = grad(P @ (P / probability(pi_ref)).log(), policy)
+    close(full + left_out, whole, 1e-6)
+    assert left_out.norm() > 0.1 * whole.norm()
 
 
 def test_beta_rises_when_the_policy_is_too_far_and_falls_when_it_is_near():
@@ -585,7 +1125,55 @@ def test_beta_rises_when_the_policy_is_too_far_and_falls_when_it_is_near():
         close(adapt_beta(0.5, kl, target=6.0, n=100, horizon=1000), 0.5 * factor)
 
 
-# --------------------------------------------------------------------------------- past the slides
+class OneToken:
+    """A world for train.reinforce: one prompt, five tokens, answers of one token, each with its reward."""
+    reward = torch.tensor([1.0, 0.5, 0.8, 0.0, -1.0])
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(0)
+
+    def sample(self, policy, B, group=1):
+        prompt = torch.full((B, 1), 3)
+        actions, mask, logp, values = generate(policy, prompt, ones(B, 1), 1, end=1, generator=self.generator)
+        rewards = self.reward[actions]  # (B, 1)
+        return {"prompt": prompt, "actions": actions, "mask": mask, "logp_old": logp, "values": values,
+                "rewards": rewards, "last_value": torch.zeros(B)}, {"reward": rewards.mean().item()}
+
+    def logits_and_values(self, policy, batch):
+        h = policy(batch["prompt"])
+        return policy.logits(h), policy.value(h)
+
+
+def learned(*flags, steps=80):
+    """What train.reinforce makes of a fresh GPT: pi before and after, each (5,)."""
+    args = train.parse(["--lr", "0.02", "--batch-size", "256", "--steps", str(steps), "--out", tempfile.gettempdir(), *flags])
+    policy = tiny_gpt(5).requires_grad_()
+
+    def pi():
+        return softmax(policy.logits(policy(torch.tensor([[3]])))[0, 0]).detach()
+    before = pi()
+    train.reinforce(OneToken(), policy, args, lambda step, metrics: None)
+    return before, pi()
+
+
+@pytest.mark.parametrize("flags", ["--kl reward", "--kl loss", "--kl full"])
+def test_kl_our_loop_converges_to_the_regularised_optimum(flags):
+    """Slide "Regularization": E[R] - beta KL has its maximum at pi* = pi_ref exp(R / beta) / Z, and there we arrive."""
+    beta = 0.5
+    pi_ref, pi = learned("--algo", "baseline", "--beta", str(beta), *flags.split())
+    best = pi_ref * (OneToken.reward / beta).exp()
+    close(pi, best / best.sum(), 0.02)
+
+
+def test_kl_for_beta_to_0_our_loop_finds_the_argmax_and_for_beta_to_infinity_stays_at_the_reference():
+    """Slide "Regularization": the two ends of the price: only what the reward wants to see, or nothing new."""
+    pi_ref, pi = learned("--algo", "baseline", "--kl", "reward", "--beta", "0.001")
+    assert pi.argmax() == 0 and pi[0] > 0.9, pi
+    pi_ref, pi = learned("--algo", "baseline", "--kl", "full", "--beta", "1000")
+    close(pi, pi_ref, 0.02)
+
+
+# ===== Past the slides =====
 def test_whitened_advantages_have_mean_0_and_std_1_over_real_steps():
     """Past the slides: whitening subtracts a baseline in disguise, and never looks under the mask."""
     adv = 3 + 5 * randn(B, T) + JUNK
@@ -601,142 +1189,20 @@ def test_rloo_compares_with_the_others_and_grpo_with_everybody():
     close(grpo_advantage(returns, 3), [-2 / 7 ** 0.5, -1 / 7 ** 0.5, 3 / 7 ** 0.5, 0, 0, 0], 1e-5)
 
 
-def test_rloo_keeps_the_gradient_unbiased():
-    """Past the slides: over all groups of 3 answers out of 4, the leave-one-out gradient is that of J."""
+def test_rloo_keeps_the_gradient_unbiased_and_a_group_mean_with_oneself_shrinks_it():
+    """Past the slides: over all groups of 3 answers out of 4 RLOO's gradient is that of J, with oneself in the mean
+    exactly (k - 1) / k of it."""
     theta, R = randn(2, 4)
     pi = softmax(theta.requires_grad_())
     groups = torch.tensor(list(itertools.product(range(4), repeat=3)))  # (64, 3)
     actions, P = groups.flatten(), pi[groups].prod(1).repeat_interleave(3)  # each (192,)
-    weight = 64 * P * rloo_advantage(R[actions], 3)
-    loss = policy_gradient_loss(pi.log()[actions, None], weight[:, None], ones(192, 1))
-    close(slope(loss, theta), -slope(pi @ R, theta))
+    with_oneself = (R[groups] - R[groups].mean(1, keepdim=True)).flatten()
+    for A, share in ((rloo_advantage(R[actions], 3), 1), (with_oneself, 2 / 3)):
+        loss = policy_gradient_loss(pi.log()[actions, None], (64 * P * A)[:, None], ones(192, 1))
+        close(slope(loss, theta), -share * slope(pi @ R, theta))
 
 
-# ------------------------------------------------------------------ the little world (data/world.py)
-def test_every_answer_gets_the_verdict_it_was_written_for():
-    """Judge: an answer written to be right, wrong, evasive, nonsense, rude or garbled is judged to be just that."""
-    world, rng = World(1), random.Random(0)
-    for i in range(600):
-        fact = rng.choice(world.facts[KINDS[i % 3]])
-        verdict = VERDICTS[i % 6]
-        assert world.verdict(fact, world.write(rng, fact, verdict, world.facts)) == verdict
-
-
-def test_the_judge_knows_the_slides_answers_and_repetition_is_not_right():
-    """Judge, slide "Reward for LLMs": by hand, the last being what a policy without KL regularization comes to say."""
-    world = World(0)
-    for question, answer, verdict in [
-        ("Where is Shanghai?", "Shanghai is a city in China", "right"),
-        ("Where is Shanghai?", "Shanghai is a city in Peru.", "wrong"),
-        ("Where is Shanghai?", "Shanghai does not exist", "nonsense"),
-        ("Explain gravity like I'm 5", "Gravity is a famous restaurant", "nonsense"),
-        ("What is 2+2?", "2+2=4.", "right"),
-        ("What is 2+2?", "2+2=5.", "wrong"),
-        ("What is 2+2?", "It is 44.", "garbled"),
-        ("What is 2+2?", "2+2 is a very complicated math problem...", "evasive"),
-        ("How much is 1+2+3?", "1+2=3, 3+3=6.", "right"),
-        ("Where is Shanghai?", "Shanghai is a city in China China China.", "garbled"),
-    ]:
-        assert world.judge(question, answer) == verdict, (question, answer)
-
-
-def test_held_out_facts_never_occur_in_pairs_or_rl_prompts():
-    """Slide "Recap: REINFORCE": what is reported as held out was never judged, not even as a wrong answer."""
-    world = World(3)
-    texts = [p[k] for p in world.preference_pairs(3000) for k in ("prompt", "chosen", "rejected")]
-    texts += world.questions(3000, "train", "any")
-    for fact in world.held_out["city"] + world.held_out["thing"]:
-        asked = {question for question, f in world.fact_of.items() if f == fact}
-        assert not asked & set(texts), fact
-        never = fact.name if fact.kind == "city" else fact.answer  # rust may be on iron, but iron is not explained
-        assert not any(never in text for text in texts), fact
-    text = "\n".join(texts)
-    for a, b in (f.name.split("+") for f in world.held_out["sum"] if f.name.count("+") == 1):
-        for name in (rf"{a}\+{b}", rf"{b}\+{a}"):  # nor as a step of a longer sum
-            assert not re.search(rf"(?<![\d+]){name}(?!\d)", text), name
-
-
-def test_the_labeller_prefers_the_better_verdict_and_errs_in_the_stated_share():
-    """Slide "Reward Loss for LLMs": y_w is the better answer, but for the labeller's errors."""
-    world = World(0)
-
-    def wrong_way(pairs):
-        rank = [[VERDICTS.index(world.judge(p["prompt"], p[side])) for side in ("chosen", "rejected")] for p in pairs]
-        return sum(w > l for w, l in rank) / len(rank)
-
-    assert wrong_way(world.preference_pairs(1000, errors=0)) == 0
-    assert abs(wrong_way(world.preference_pairs(2000, errors=0.1)) - 0.1) < 4 * math.sqrt(0.1 * 0.9 / 2000)
-
-
-def test_the_same_seed_makes_the_same_world_and_another_seed_another():
-    """Everything drawn from the facts depends on the seed alone."""
-    a, b, c = World(0), World(0), World(1)
-    for text in (lambda w: w.pretraining_text(50), lambda w: w.demonstrations(50), lambda w: w.preference_pairs(50),
-                 lambda w: w.questions(50, "train", 7)):
-        assert text(a) == text(b) != text(c)
-
-
-def test_a_malformed_data_file_is_reported_by_file_line_and_field(tmp_path):
-    """Bad input: one line that says where."""
-    for text, complaint in [("Rome | Italy\nParis\n", "line 2"), ("Rome | \n", "line 1: the field 'country' is empty"),
-                            ("Rome | Italy\nRome | Italy\n", "line 2: 'Rome' stands there twice")]:
-        (tmp_path / "cities.txt").write_text(text)
-        with pytest.raises(DataError, match=complaint):
-            World(0, tmp_path)
-    lines = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": 3}\n'
-    (tmp_path / "pairs.jsonl").write_text(lines)
-    with pytest.raises(DataError, match="line 2: the field 'chosen'"):
-        read_jsonl(tmp_path / "pairs.jsonl", ["prompt", "chosen", "rejected"])
-
-
-# ------------------------------------------------------------------------- the grid (gridworld.py)
-def test_rewards_and_walls_are_the_slides():
-    """Slide "RL Toy Example": from (x, y), left, right, up, down; reward 0, -1 broom, -10 bathtub, +100 meat."""
-    world = GridWorld()
-    for (x, y), action, (nx, ny), reward in [
-        ((0, 0), 0, (0, 0), 0), ((0, 0), 2, (0, 0), 0), ((0, 0), 1, (1, 0), 0),
-        ((0, 0), 3, (0, 1), -1), ((3, 1), 3, (3, 2), -10), ((2, 2), 1, (3, 2), -10),
-        ((4, 3), 3, (4, 4), 100), ((3, 4), 1, (4, 4), 100), ((4, 2), 1, (4, 2), 0),
-    ]:
-        assert world.next[y * 5 + x, action] == ny * 5 + nx
-        assert world.reward[y * 5 + x, action] == reward
-
-
-def test_the_meat_ends_an_episode_and_the_time_limit_only_cuts_it_off():
-    """Slide "RL Toy Example": the meat is entered at most once, last; where it is not, V of the next state counts."""
-    world = GridWorld(limit=20)
-    policy = world.new_policy()
-    policy.value.data += 7.0
-    batch, summary = world.sample(policy, 60)
-    got_meat = batch["rewards"] == 100
-    length = batch["mask"].sum(1)
-    assert torch.equal(got_meat.any(1), got_meat[torch.arange(60), length - 1]) and got_meat.sum(1).max() == 1
-    assert torch.equal(batch["last_value"], torch.where(got_meat.any(1), 0.0, 7.0))
-    assert set(length[~got_meat.any(1)].tolist()) == {20} and 0 < summary["finished"] < 1
-
-
-def test_optimal_values_and_policy_values_agree_on_the_optimal_policy():
-    """Slide "RL Toy Example": V* from value iteration is V^pi of the policy that is greedy for it, and no more."""
-    world = GridWorld()
-    policy = world.new_policy()
-    best = world.optimal_values()
-    greedy = (world.reward + world.gamma * best[world.next]).argmax(1)
-    assert world.gold(policy) < 0.5
-    policy.logits.data = 50 * torch.nn.functional.one_hot(greedy, 4).float()
-    assert_close(world.policy_values(policy)[world.starts], best[world.starts], atol=1e-3, rtol=0)
-    steps_to_meat = 8
-    assert_close(best[0].item(), 100 * world.gamma ** (steps_to_meat - 1), atol=1e-3, rtol=0)
-
-
-# ------------------------------------------------------------- the loop and its table (train.py)
-def test_an_answer_with_a_turn_token_in_it_or_without_an_end_is_never_right():
-    """Judge: what the reader sees is what is judged, and an answer that the limit cut off is not finished."""
-    world, tokenizer = World(0), load_tokenizer()
-    said = tokenizer.decode([tokenizer.user] + tokenizer.answer("It is 4."))
-    assert world.judge("What is 2+2?", said) == "garbled"
-    assert world.judge("What is 2+2?", tokenizer.decode(tokenizer.answer("It is 4."))) == "right"
-
-
+# ===== The loop, the ladder and the command line (train.py) =====
 def test_each_rung_differs_from_the_one_above_in_one_column():
     """The ladder: REINFORCE, reward-to-go, baseline, GAE, several epochs, importance, clip, KL, adaptive KL."""
     rungs = list(LADDER.values())[:9]
@@ -744,22 +1210,16 @@ def test_each_rung_differs_from_the_one_above_in_one_column():
         assert sum(a != b for a, b in zip(above, below)) == 1
 
 
-def test_every_flag_is_used():
-    """Every option of the command line is read somewhere in train.py besides where it is declared."""
-    source = inspect.getsource(train)
-    flags = re.findall(r'add_argument\("--([a-z-]+)"', source)
-    assert len(flags) > 20
-    for flag in flags:
-        assert re.search(rf"\b(args|f|given)\.{flag.replace('-', '_')}\b", source), flag
-
-
-@pytest.mark.parametrize("algo", list(LADDER))
-def test_every_rung_brings_the_cat_to_the_meat(algo, tmp_path, capsys):
-    """Slide "RL Toy Example": the same loop, every algorithm: the return nears the optimum's in a few steps."""
-    flags = ["--env", "gridworld", "--algo", algo, "--steps", "25", "--out", str(tmp_path)]
-    assert train.main(flags) == 0
-    gold = [float(row["gold"]) for row in csv.DictReader(open(tmp_path / f"gridworld-{algo}-0" / "metrics.csv"))]
-    assert gold[0] < 0.5 < 0.85 < gold[-1]
+def test_value_targets_are_advantage_plus_value_before_whitening_and_stay_the_same_all_epochs(monkeypatch):
+    """Slide "Baseline Estimator": V learns the return itself, computed once; only the policy's weights are whitened."""
+    seen = []
+    monkeypatch.setitem(LOSSES, "clipped", lambda logp, part, args: seen.append(part) or logp.sum() * 0)
+    learned("--algo", "ppo", "--whiten", "--epochs", "2", "--minibatches", "1", steps=1)
+    assert len(seen) == 2
+    for part in seen:
+        close(part["target"], part["rewards"], 1e-5)  # one token: the return is its reward
+        close(part["weight"].mean(), 0, 1e-5)
+        close(part["weight"].std(), 1, 1e-5)
 
 
 def test_the_language_loop_runs_the_ratio_starts_at_1_and_a_seed_fixes_the_run(tmp_path, monkeypatch, capsys):
@@ -792,17 +1252,13 @@ def test_the_language_loop_runs_the_ratio_starts_at_1_and_a_seed_fixes_the_run(t
     assert (ratios[1] - 1).abs().max() > 1e-3
 
 
-def test_an_unfinished_answer_earns_a_fixed_low_score():
-    """Trajectory for LLMs: an answer cut off by the limit earns UNFINISHED, whatever the reward model says."""
-    world = World(0)
-    tokenizer = load_tokenizer()
-    torch.manual_seed(0)
-    policy = GPT(GPTConfig(tokenizer.vocab_size, 64, 1, 2, 16))
-    chat = Chat(world, tokenizer, RewardModel(policy), train.parse(["--reward", "model"]))
-    batch, answers = chat.answer(policy, world.questions(6, "train", 0))
-    assert not any(a["finished"] for a in answers), "an untrained model says <|end|> once in 1500 tokens"
-    assert [a["score"] for a in answers] == [train.UNFINISHED] * 6
-    assert_close(batch["rewards"][:, -1], torch.full((6,), train.UNFINISHED))
+def test_every_flag_is_used():
+    """Every option of the command line is read somewhere in train.py besides where it is declared."""
+    source = inspect.getsource(train)
+    flags = re.findall(r'add_argument\("--([a-z-]+)"', source)
+    assert len(flags) > 20
+    for flag in flags:
+        assert re.search(rf"\b(args|f|given)\.{flag.replace('-', '_')}\b", source), flag
 
 
 @pytest.mark.parametrize("flags", [
@@ -844,7 +1300,7 @@ def test_imports_run_one_way_and_every_load_is_weights_only():
         assert source.count("torch.load(") == source.count("weights_only=True")
 
 
-# ------------------------------------------------------------------------------------- the README
+# ===== The README and the exercises =====
 README = (Path(train.__file__).parent / "README.md").read_text()
 
 
