@@ -11,7 +11,6 @@ import contextlib
 import csv
 import importlib
 import inspect
-import io
 import itertools
 import math
 import random
@@ -30,7 +29,7 @@ from torch.testing import assert_close
 
 import train
 from data.world import KINDS, VERDICTS, DataError, World, read_jsonl
-from figures.break_it import EXERCISES, break_it
+from figures.break_it import EXERCISES, break_it, main, readme_row
 from gae import discounted_return, gae, grpo_advantage, n_step_advantage, reward_to_go, rloo_advantage, td_error
 from gpt import GPT, GPTConfig, Tokenizer, generate, language_model_loss, train_tokenizer
 from gridworld import GridWorld
@@ -139,9 +138,9 @@ def talker(seed=1):
 
 
 def look(policy):
-    """log pi(a_t | s_t) and V(s_t) of EVERYTHING, each (80, 3), by the lines of train.py."""
+    """log pi(a_t | s_t), V(s_t), each (80, 3), and logits (80, 3, 4) of EVERYTHING, by the lines of train.py."""
     logits, values = Chat.logits_and_values(SimpleNamespace(temperature=TEMPERATURE), policy, EVERYTHING)
-    return log_probs(logits, EVERYTHING["actions"]), values
+    return log_probs(logits, EVERYTHING["actions"]), values, logits
 
 
 def distributions(policy):
@@ -671,7 +670,7 @@ def test_reward_to_go_sums_the_rewards_from_here_on():
 def test_past_rewards_vanish_in_expectation_and_later_ones_do_not():
     """Slide "Reducing Variance": E[grad log pi(a_t | s_t) r_t'] = 0 exactly where t' < t, for every pair of steps."""
     policy = talker()
-    P, (logp, _) = probability(distributions(policy)), look(policy)
+    P, (logp, *_) = probability(distributions(policy)), look(policy)
     for t, past in itertools.product(range(LIMIT), repeat=2):
         weight = torch.zeros(80, LIMIT, dtype=F64)
         weight[:, t] = PAID[:, past].nan_to_num()  # a reward after the end is none
@@ -698,7 +697,7 @@ def test_with_one_reward_at_the_end_reward_to_go_is_the_return():
 def test_discounted_reward_to_go_without_gamma_to_the_t_weighs_later_steps_too_much():
     """Slide "Reducing Variance": at gamma < 1 our gradient is grad J with the part of step t multiplied by gamma^-t."""
     policy = talker()
-    pi, (logp, _) = distributions(policy), look(policy)
+    pi, (logp, *_) = distributions(policy), look(policy)
     P = probability(pi)
     R = WEIGHTS["return"](PAID, None, REAL, None, SimpleNamespace(gamma=GAMMA))
     G = WEIGHTS["reward-to-go"](PAID, None, REAL, None, SimpleNamespace(gamma=GAMMA))
@@ -719,7 +718,7 @@ def test_discounted_reward_to_go_without_gamma_to_the_t_weighs_later_steps_too_m
 def test_any_baseline_that_depends_on_the_state_only_leaves_the_mean_unchanged():
     """Slide "Reducing Variance": E[grad log pi(a_t | s_t) b(s_t)] = 0, for a baseline of random numbers."""
     policy = talker()
-    P, (logp, _) = probability(distributions(policy)), look(policy)
+    P, (logp, *_) = probability(distributions(policy)), look(policy)
     b = table(lambda s, a: random.Random(f"{s}").uniform(-9, 9))
     weight = WEIGHTS["baseline"](PAID, b, REAL, None, SimpleNamespace(gamma=1.0))
     close(grad(policy_gradient_loss(logp, expect(P, b), REAL), policy), 0 * grad(P.sum(), policy), 1e-10)
@@ -727,10 +726,10 @@ def test_any_baseline_that_depends_on_the_state_only_leaves_the_mean_unchanged()
 
 
 def test_a_baseline_that_peeks_at_the_action_is_biased():
-    """Slide "Reducing Variance": b = Q(s, a) takes all of the gradient away, and b = r(s, a) more than a tenth of it."""
+    """Slide "Reducing Variance": b = Q(s, a) takes away all of the gradient, b = r(s, a) more than a tenth of it."""
     policy = talker()
     pi = distributions(policy)
-    P, (logp, _), q = probability(pi), look(policy), q_values(pi)
+    P, (logp, *_), q = probability(pi), look(policy), q_values(pi)
     J = grad(P @ RETURN, policy)
     for b, least, most in ((table(lambda s, a: q[s, a]), 1, 1), (PAID, 0.1, 10)):
         weight = WEIGHTS["baseline"](PAID, b, REAL, None, SimpleNamespace(gamma=1.0))
@@ -762,7 +761,7 @@ def test_the_value_head_regresses_to_the_expected_return_of_every_state():
 
 
 def test_V_as_baseline_has_less_variance_than_the_best_constant_and_that_less_than_none():
-    """Slide "Baseline Estimator": of what reward-to-go leaves, the best constant leaves 62 %, V^pi 54 %, in our example."""
+    """Slide "Baseline Estimator": of the variance the best constant leaves 62 %, V^pi 54 %, in our example."""
     policy = talker()
     pi = distributions(policy)
     P, V = probability(pi), state_means(pi, q_values(pi))
@@ -838,7 +837,7 @@ def test_truncated_is_not_terminated():
 
 
 def test_the_mean_advantage_over_the_actions_is_0_in_every_state():
-    """Slide "Advantage Function": E[A | s] = 0, for every lambda, n and state, with V = V^pi; and E[A | s, a] = Q - V."""
+    """Slide "Advantage Function": with V = V^pi, E[A | s, a] = Q - V and E[A | s] = 0, at every lambda and n."""
     pi = distributions(talker())
     P, q = probability(pi), q_values(pi, GAMMA)
     V = state_means(pi, q)
@@ -861,7 +860,7 @@ def test_gae_is_unbiased_at_any_lambda_if_V_is_right_and_only_at_lambda_1_if_it_
     """Slide "Advantage Function": E[sum_t grad log pi A_t] = grad J; a wrong V biases it, less as lambda nears 1."""
     policy = talker()
     pi = distributions(policy)
-    P, (logp, _), V = probability(pi), look(policy), state_means(pi, q_values(pi))
+    P, (logp, *_), V = probability(pi), look(policy), state_means(pi, q_values(pi))
     J = grad(P @ RETURN, policy)
     right, wrong = table(lambda s, a: V[s]), table(lambda s, a: V[s] + random.Random(f"{s}").uniform(-2, 2))
     bias = {}
@@ -891,8 +890,8 @@ def test_importance_sampling_gives_the_new_policy_from_samples_of_the_old():
 
 
 def test_the_quotient_of_logs_on_the_importance_sampling_slide_points_the_other_way():
-    """Slide "(Off-Policy) Sampling Trajectories": at equal policies grad(log pi / log pi_old) = grad log pi / log pi_old,
-    a negative multiple of the policy gradient for every action; the quotient of probabilities gives it exactly."""
+    """Slide "(Off-Policy) Sampling Trajectories": at equal policies grad(log pi / log pi_old) is, for every action, a
+    negative multiple of the policy gradient, which the quotient of probabilities gives exactly."""
     theta, pi, _ = two_policies()
     for a in range(V):
         logp = pi.log()[None, a:a + 1]
@@ -919,7 +918,7 @@ def test_importance_sampling_is_exact_with_all_ratios_and_biased_with_one_a_step
     bias = []
     for step in (0.0, 0.01, 0.02, 0.1, 0.2):
         new = drifted(old, talker(seed=11), step)
-        P, (logp, _) = probability(distributions(new)), look(new)
+        P, (logp, *_) = probability(distributions(new)), look(new)
         J = grad(P @ RETURN, new)
         ratio = (logp - logp_old).exp().detach().masked_fill(~REAL, 1)
         others = ratio.prod(1, keepdim=True) / ratio
@@ -1041,7 +1040,7 @@ def test_as_a_loss_k1_does_nothing_and_k2_and_k3_pull_along_two_different_kls():
 
 
 def test_as_a_loss_on_stale_samples_k1_drives_the_policy_away_from_the_one_that_sampled():
-    """Slide "Regularization": E_old[grad k1] = -grad KL(pi_old || pi): after the first step the useless loss does harm."""
+    """Slide "Regularization": E_old[grad k1] = -grad KL(pi_old || pi): after one step the useless loss does harm."""
     theta, pi, pi_old = two_policies()
     pi_ref = softmax(randn(V, seed=5))
     loss = pi_old @ kl_estimate(pi.log(), pi_ref.log(), "k1")
@@ -1071,51 +1070,45 @@ def test_leaving_the_reference_costs_at_every_token_and_the_score_comes_on_top()
 
 
 def two_talkers():
-    """A policy, its P(tau), its log-probs; the reference's log-probs; and both ones' distributions."""
-    policy, reference = talker(), talker(seed=2)
-    pi, pi_ref = distributions(policy), {s: p.detach() for s, p in distributions(reference).items()}
-    return policy, probability(pi), look(policy)[0], look(reference)[0].detach(), pi, pi_ref
+    """A policy and a reference; of the policy: P(tau), log-probs, logits; of the reference the same, as numbers."""
+    policy, reference = talker(), talker(seed=2).requires_grad_(False)
+    pieces = []
+    for model in (policy, reference):
+        logp, _, logits = look(model)
+        pieces += [probability(distributions(model)), logp, logits]
+    return policy, *pieces
 
 
 def test_the_kl_of_whole_answers_is_the_mean_sum_of_k1_and_of_the_full_kl_over_their_tokens():
-    """Slide "Regularization": sum_tau P log(P / P_ref) = E[sum_t k1_t] = E[sum_t full KL(s_t)], in nats an answer."""
-    policy, P, logp, logp_ref, pi, pi_ref = two_talkers()
-    kl = P @ (P / probability(pi_ref)).log()
-    logits, logits_ref = (table(lambda s, a: 0.0)[..., None].repeat(1, 1, 4) for _ in range(2))  # (80, 3, 4)
-    for i, walk in enumerate(WALKS):
-        for t, (s, _) in enumerate(walk):
-            logits[i, t], logits_ref[i, t] = pi[s].detach().log() + 7, pi_ref[s].log() - 7
-    close(average(expect(P, kl_estimate(logp, logp_ref)), REAL), kl, 1e-10)
-    close(average(expect(P, kl_estimate(logp, logp_ref, "k3")), REAL), kl, 1e-10)
-    close(average(expect(P, full_kl(logits, logits_ref)), REAL), kl, 1e-10)
+    """Slide "Regularization": sum_tau P log(P / P_ref) = E[sum_t k1_t] = E[sum_t full KL(s_t)], in nats an answer, and
+    a constant added to all logits of a state changes nothing."""
+    _, P, logp, logits, P_ref, logp_ref, logits_ref = two_talkers()
+    for kl in (kl_estimate(logp, logp_ref), kl_estimate(logp, logp_ref, "k3"), full_kl(logits + 7, logits_ref - 7)):
+        close(average(expect(P, kl), REAL), P @ (P / P_ref).log(), 1e-10)
 
 
 def test_kl_in_the_reward_is_the_gradient_of_J_minus_beta_kl():
-    """Slide "Regularization": REINFORCE on r_t - beta k1_t climbs E[R] - beta KL(P || P_ref), all answers enumerated."""
-    policy, P, logp, logp_ref, _, pi_ref = two_talkers()
+    """Slide "Regularization": REINFORCE on r_t - beta k1_t climbs E[R] - beta KL(P || P_ref) of whole answers."""
+    policy, P, logp, _, P_ref, logp_ref, _ = two_talkers()
     beta = 0.3
-    J = P @ RETURN - beta * P @ (P / probability(pi_ref)).log()
+    J = P @ RETURN - beta * P @ (P / P_ref).log()
+    rewards = penalised_rewards(PAID, logp, logp_ref, REAL, beta)
     for name in ("return", "reward-to-go"):
-        rewards = penalised_rewards(PAID, logp, logp_ref, REAL, beta)
         weight = WEIGHTS[name](rewards, None, REAL, None, SimpleNamespace(gamma=1.0))
         close(grad(policy_gradient_loss(logp, expect(P, weight), REAL), policy), -grad(J, policy), 1e-10)
 
 
 def test_a_kl_loss_per_token_leaves_out_that_a_token_leads_to_other_states():
     """Slide "Regularization": E[sum_t grad full_kl(s_t)], k2's too, lacks E[sum_t grad log pi_t sum_{t' > t} KL_t']."""
-    policy, P, logp, logp_ref, pi, pi_ref = two_talkers()
-    kl = {s: pi[s] @ (pi[s] / pi_ref[s]).log() for s in LEFT}
-    logits = torch.stack([torch.stack([pi[walk[min(t, len(walk) - 1)][0]].log() for t in range(LIMIT)])
-                          for walk in WALKS])  # (80, 3, 4), after the end the last state again
-    logits_ref = torch.stack([torch.stack([pi_ref[walk[min(t, len(walk) - 1)][0]].log() for t in range(LIMIT)])
-                              for walk in WALKS])
-    full = grad(average(expect(P, full_kl(logits, logits_ref)), REAL), policy)
-    k2 = grad(average(expect(P, kl_estimate(logp, logp_ref, "k2")), REAL), policy)
-    close(full, k2, 1e-10)
-    later = torch.tensor([[sum(kl[s].item() for s, _ in walk[t + 1:]) for t in range(LIMIT)] for walk in WALKS])
+    policy, P, logp, logits, P_ref, logp_ref, logits_ref = two_talkers()
+    kl = full_kl(logits, logits_ref)  # (80, 3)
+    full = grad(average(expect(P, kl), REAL), policy)
+    close(grad(average(expect(P, kl_estimate(logp, logp_ref, "k2")), REAL), policy), full, 1e-10)
+    now = (kl * REAL).detach()
+    later = now.flip(1).cumsum(1).flip(1) - now
     left_out = -grad(policy_gradient_loss(logp, expect(P, later), REAL), policy)
-    whole = grad(P @ (P / probability(pi_ref)).log(), policy)
-    close(full + left_out, whole, 1e-6)
+    whole = grad(P @ (P / P_ref).log(), policy)
+    close(full + left_out, whole, 1e-10)
     assert left_out.norm() > 0.1 * whole.norm()
 
 
@@ -1146,7 +1139,8 @@ class OneToken:
 
 def learned(*flags, steps=80):
     """What train.reinforce makes of a fresh GPT: pi before and after, each (5,)."""
-    args = train.parse(["--lr", "0.02", "--batch-size", "256", "--steps", str(steps), "--out", tempfile.gettempdir(), *flags])
+    flags = ["--lr", "0.02", "--batch-size", "256", "--steps", str(steps), "--out", tempfile.gettempdir(), *flags]
+    args = train.parse(flags)
     policy = tiny_gpt(5).requires_grad_()
 
     def pi():
@@ -1162,7 +1156,7 @@ def test_kl_our_loop_converges_to_the_regularised_optimum(flags):
     beta = 0.5
     pi_ref, pi = learned("--algo", "baseline", "--beta", str(beta), *flags.split())
     best = pi_ref * (OneToken.reward / beta).exp()
-    close(pi, best / best.sum(), 0.02)
+    close(pi, best / best.sum(), 0.03)
 
 
 def test_kl_for_beta_to_0_our_loop_finds_the_argmax_and_for_beta_to_infinity_stays_at_the_reference():
@@ -1227,6 +1221,7 @@ def test_the_language_loop_runs_the_ratio_starts_at_1_and_a_seed_fixes_the_run(t
     monkeypatch.setattr(train, "pretrain", lambda *a: None)
     monkeypatch.setattr(train, "finetune", lambda *a: None)
     monkeypatch.setattr(train, "train_reward_model", lambda *a, **k: 0)
+    monkeypatch.setattr(train, "evaluate", partial(train.evaluate, n=30))
     monkeypatch.setattr(train, "pair_accuracy", lambda *a: {f"right > wrong, {kind}": (0.5, 1) for kind in KINDS})
     ratios = []
     clipped = train.LOSSES["clipped"]
@@ -1297,11 +1292,14 @@ def test_imports_run_one_way_and_every_load_is_weights_only():
         source = (Path(train.__file__).parent / f"{name}.py").read_text()
         imported = set(re.findall(r"^(?:from|import) (\w+)", source, re.MULTILINE))
         assert imported & {"gpt", "gae", "ppo", "reward", "gridworld", "train", "data"} <= siblings
-        assert source.count("torch.load(") == source.count("weights_only=True")
+    for path in Path(train.__file__).parent.rglob("*.py"):
+        for call in re.findall(r"torch\.load\(.*", path.read_text()):
+            assert "weights_only=True" in call or path.name == "test_all.py", (path, call)
 
 
 # ===== The README and the exercises =====
-README = (Path(train.__file__).parent / "README.md").read_text()
+ROOT = Path(train.__file__).parent
+README = (ROOT / "README.md").read_text()
 
 
 def test_every_function_that_the_readme_names_exists():
@@ -1315,15 +1313,85 @@ def test_every_function_that_the_readme_names_exists():
             place = getattr(place, name)
 
 
+def test_every_proof_that_the_readme_names_exists():
+    """README: every `-k` expression selects a test, and every slide that slips or has a row is a slide of the map."""
+    names = re.findall(r"^def (test_\w+)", (ROOT / "test_all.py").read_text(), re.MULTILINE)
+    expressions = set(re.findall(r"-k (\w+)", README)) | set(re.findall(r'-k "([^"]+)"', README))
+    expressions |= {exercise.keyword for exercise in EXERCISES}
+    assert len(expressions) > 30
+    for expression in expressions:
+        for word in expression.split(" or "):
+            assert any(word.lower() in name.lower() for name in names), expression
+
+
+def test_every_command_that_the_readme_shows_is_understood(monkeypatch, tmp_path):
+    """README: the flags of each `python train.py` parse, and each script and module is there."""
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"(?<=[`/ \n])python (.*?)[`\n#]", README)
+    commands += ["train.py " + flags for flags in re.findall(r"`(--algo .*?)`", README)]
+    assert len(commands) > 15
+    for command in commands:
+        script, *flags = shlex.split(command)
+        if script == "train.py":
+            train.parse([flag.replace("X", "ppo") for flag in flags])
+        elif script == "-m":
+            assert flags[0] in ("pip", "pytest") or (ROOT / (flags[0].replace(".", "/") + ".py")).exists(), command
+        else:
+            assert (ROOT / script).exists(), command
+
+
+@pytest.mark.parametrize("file, says", [
+    ("gae.py", "A_0 = 1.400 + 0.9 * 0.8 * 0.481 = 1.746"), ("ppo.py", " 1.21       1.20    0.00      -1.21   -1.21"),
+    ("reward.py", "Where is Shanghai?"), ("gridworld.py", "meat"), ("gpt.py", "it says: A policy is a language model"),
+    ("data/world.py", "Where is "),
+])
+def test_the_worked_example_of_each_file_runs(file, says, capsys, monkeypatch, tmp_path):
+    """README: each file run by itself prints a small worked example."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [file])
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(str(ROOT / file), run_name="__main__")
+    assert says in capsys.readouterr().out
+
+
 def test_the_readme_table_is_the_committed_csv():
     """Every number of the table of rungs stands in figures/rungs.csv."""
-    for row in csv.DictReader(open(Path(train.__file__).parent / "figures" / "rungs.csv")):
+    for row in csv.DictReader(open(ROOT / "figures" / "rungs.csv")):
         cells = [f"{float(row[f'gold_{split}_rl']):.1%}" for split in ("train", "held_out")]
         cells += [f"{float(row['score_rl']):.2f}", f"{float(row['text_loss_rl']):.2f}", f"{float(row['kl']):.1f}"]
         assert f"| {row['algo']} | " + " | ".join(cells) + " |" in README
 
 
+def test_the_readme_exercises_are_the_committed_csv_and_each_was_seen_red():
+    """README: the table of exercises is figures/break_it.csv, which has the list of figures/break_it.py."""
+    rows = list(csv.DictReader(open(ROOT / "figures" / "break_it.csv")))
+    names = re.findall(r"^def (test_\w+)", (ROOT / "test_all.py").read_text(), re.MULTILINE)
+    assert len(rows) == len(EXERCISES) >= 20
+    for number, (row, exercise) in enumerate(zip(rows, EXERCISES), 1):
+        assert (int(row["number"]), row["file"], row["mistake"], row["keyword"], row["curve"]) == (
+            number, exercise.file, exercise.words, exercise.keyword, exercise.curve)
+        assert row["red"] and {re.sub(r"\[.*", "", red) for red in row["red"].split("; ")} <= set(names), row
+        assert readme_row(row) in README
+
+
+def test_every_exercise_fits_the_code_as_it_is():
+    """Exercises: the line to break stands in its file exactly once, and the mistake is another one."""
+    for exercise in EXERCISES:
+        assert (ROOT / exercise.file).read_text().count(exercise.line) == 1, exercise
+        assert exercise.line != exercise.mistake, exercise
+
+
+def test_an_exercise_turns_its_proof_red_and_a_wrong_number_gets_status_2(capsys):
+    """Exercises: the command finds what the table says; a number that there is not, or a stale line, gets one line."""
+    mistake = EXERCISES[0]
+    assert main(["0"]) == main(["x"]) == main(["1", "2"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 3
+    assert "test_the_return_leaves_the_first_reward_undiscounted" in break_it(mistake)
+    with pytest.raises(ValueError):
+        break_it(mistake._replace(line="no such line"))
+
+
 def test_the_readme_tests_are_what_ci_runs():
     """README's second command is the one that .ci/run ends with."""
     command = "-m pytest -q test_all.py"
-    assert command in README and command in (Path(train.__file__).parent / ".ci" / "run").read_text()
+    assert command in README and command in (ROOT / ".ci" / "run").read_text()
