@@ -343,7 +343,7 @@ def test_reading_with_a_cache_is_reading_at_once():
 
 # ===== Slide "Reward for LLMs": the little world and its judge (data/world.py) =====
 def test_every_answer_gets_the_verdict_it_was_written_for():
-    """Judge: an answer written to be right, wrong, evasive, nonsense, rude or garbled is judged to be just that."""
+    """Slide "Reward for LLMs": whatever verdict an answer was written for, right to garbled, it gets."""
     world, rng = World(1), random.Random(0)
     for i in range(600):
         fact = rng.choice(world.facts[KINDS[i % 3]])
@@ -352,7 +352,7 @@ def test_every_answer_gets_the_verdict_it_was_written_for():
 
 
 def test_the_judge_knows_the_slides_answers_and_repetition_is_not_right():
-    """Judge, slide "Reward for LLMs": by hand, the last being what a policy without KL regularization comes to say."""
+    """Slide "Reward for LLMs": verdicts by hand, the last on what a policy without KL regularization comes to say."""
     world = World(0)
     for question, answer, verdict in [
         ("Where is Shanghai?", "Shanghai is a city in China", "right"),
@@ -370,7 +370,7 @@ def test_the_judge_knows_the_slides_answers_and_repetition_is_not_right():
 
 
 def test_an_answer_with_a_turn_token_in_it_or_without_an_end_is_never_right():
-    """Judge: what the reader sees is what is judged, and an answer that the limit cut off is not finished."""
+    """Slide "Reward for LLMs": what the reader sees is judged, and an answer that the limit cut off is not finished."""
     world, tokenizer = World(0), load_tokenizer()
     said = tokenizer.decode([tokenizer.user] + tokenizer.answer("It is 4."))
     assert world.judge("What is 2+2?", said) == "garbled"
@@ -406,7 +406,7 @@ def test_the_labeller_prefers_the_better_verdict_and_errs_in_the_stated_share():
 
 
 def test_the_same_seed_makes_the_same_world_and_another_seed_another():
-    """Everything drawn from the facts depends on the seed alone."""
+    """Slide "Reward for LLMs": everything that is drawn from the facts depends on the seed alone."""
     a, b, c = World(0), World(0), World(1)
     for text in (lambda w: w.pretraining_text(50), lambda w: w.demonstrations(50), lambda w: w.preference_pairs(50),
                  lambda w: w.questions(50, "train", 7)):
@@ -414,7 +414,7 @@ def test_the_same_seed_makes_the_same_world_and_another_seed_another():
 
 
 def test_a_malformed_data_file_is_reported_by_file_line_and_field(tmp_path):
-    """Bad input: one line that says where."""
+    """Slide "Reward for LLMs": bad data is reported in one line that says where."""
     for text, complaint in [("Rome | Italy\nParis\n", "line 2"), ("Rome | \n", "line 1: the field 'country' is empty"),
                             ("Rome | Italy\nRome | Italy\n", "line 2: 'Rome' stands there twice")]:
         (tmp_path / "cities.txt").write_text(text)
@@ -551,7 +551,7 @@ def test_an_answer_that_cannot_fit_is_refused():
 
 
 def test_an_unfinished_answer_earns_a_fixed_low_score():
-    """Trajectory for LLMs: an answer cut off by the limit earns UNFINISHED, whatever the reward model says."""
+    """Slide "Trajectory for LLMs": an answer cut off by the limit earns UNFINISHED, whatever the reward model says."""
     world = World(0)
     tokenizer = load_tokenizer()
     torch.manual_seed(0)
@@ -965,8 +965,9 @@ def test_at_ratio_1_every_surrogate_has_the_gradient_of_reinforce():
     logp, adv = randn(2, B, T)
     logp_old = logp.clone()
     logp.requires_grad_()
-    for loss in (importance_loss(logp, logp_old, adv, MASK), clipped_loss(logp, logp_old, adv, MASK)):
-        close(slope(loss, logp), -adv * MASK / B)  # of -1/|D| sum_tau sum_t logp_t A_t
+    part, flags = {"logp_old": logp_old, "weight": adv, "mask": MASK}, SimpleNamespace(average="trajectory", clip=0.2)
+    for loss in LOSSES.values():
+        close(slope(loss(logp, part, flags), logp), -adv * MASK / B)  # of -1/|D| sum_tau sum_t logp_t A_t
 
 
 def test_clipping_takes_the_gradient_only_where_the_objective_would_improve():
@@ -1010,6 +1011,7 @@ def test_entropy_is_the_mean_of_minus_log_pi_and_a_step_down_the_ppo_loss_raises
     logits = randn(B, T, V).requires_grad_()
     p = softmax(logits)
     close(entropy(logits), sum(p[..., a] * (1 / p[..., a]).log() for a in range(V)))
+    close(slope(entropy(logits).sum(), logits), -p * (p.log() + entropy(logits)[..., None]))
     close(entropy(torch.full((B, T, V), 3.0)), torch.full((B, T), math.log(V)), 1e-6)
     close(ppo_loss(2.0, 3.0, 5.0, c1=0.5, c2=0.1), 2.0 + 1.5 - 0.5)
     loss = ppo_loss(0.0, 0.0, entropy(logits).sum(), c2=1.0)
