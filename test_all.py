@@ -253,42 +253,197 @@ def test_the_return_leaves_the_first_reward_undiscounted():
 
 
 # ===== Slide "RL Toy Example": the grid (gridworld.py) =====
-def test_rewards_and_walls_are_the_slides():
-    """Slide "RL Toy Example": from (x, y), left, right, up, down; reward 0, -1 broom, -10 bathtub, +100 meat."""
-    world = GridWorld()
-    for (x, y), action, (nx, ny), reward in [
-        ((0, 0), 0, (0, 0), 0), ((0, 0), 2, (0, 0), 0), ((0, 0), 1, (1, 0), 0),
-        ((0, 0), 3, (0, 1), -1), ((3, 1), 3, (3, 2), -10), ((2, 2), 1, (3, 2), -10),
-        ((4, 3), 3, (4, 4), 100), ((3, 4), 1, (4, 4), 100), ((4, 2), 1, (4, 2), 0),
-    ]:
-        assert world.next[y * 5 + x, action] == ny * 5 + nx
-        assert world.reward[y * 5 + x, action] == reward
+@pytest.fixture
+def float64():
+    """Exact sums, in double precision."""
+    torch.set_default_dtype(F64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
-def test_the_meat_ends_an_episode_and_the_time_limit_only_cuts_it_off():
-    """Slide "RL Toy Example": the meat is entered at most once, last; where it is not, V of the next state counts."""
+def walk(x, y, action):
+    """The slide's move in words: (x, y) and the reward of the cell that is entered."""
+    dx, dy = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}[action]
+    nx, ny = (x + dx, y + dy) if 0 <= x + dx < 5 and 0 <= y + dy < 5 else (x, y)
+    return nx, ny, {(0, 1): -1, (3, 2): -10, (4, 4): 100}.get((nx, ny), 0)
+
+
+def test_grid_rewards_and_walls_cell_by_cell():
+    """Slide "RL Toy Example": from every (x, y) every move earns 0, -1 broom, -10 bathtub or +100 meat."""
+    for action, name in enumerate(("left", "right", "up", "down")):
+        world = GridWorld()
+        world.reset(24)
+        world.state = torch.arange(24)  # every cell but the meat
+        observation, reward, terminated, truncated, _ = world.step(torch.full((24,), action))
+        for s in range(24):
+            x, y, r = walk(s % 5, s // 5, name)
+            assert (observation[s], reward[s], terminated[s], truncated[s]) == (y * 5 + x, r, (x, y) == (4, 4), False)
+
+
+def test_grid_meat_terminates_and_the_time_limit_only_truncates():
+    """Slide "RL Intro": a trajectory ends with the meat, which is earned once; a time limit cuts others off."""
     world = GridWorld(limit=20)
     policy = world.new_policy()
-    policy.value.data += 7.0
+    policy.value.data += 0.07  # V = 7 in units of reward
     batch, summary = world.sample(policy, 60)
     got_meat = batch["rewards"] == 100
     length = batch["mask"].sum(1)
     assert torch.equal(got_meat.any(1), got_meat[torch.arange(60), length - 1]) and got_meat.sum(1).max() == 1
-    assert torch.equal(batch["last_value"], torch.where(got_meat.any(1), 0.0, 7.0))
+    assert_close(batch["last_value"], torch.where(got_meat.any(1), 0.0, 7.0))
     assert set(length[~got_meat.any(1)].tolist()) == {20} and 0 < summary["finished"] < 1
 
 
-def test_optimal_values_and_policy_values_agree_on_the_optimal_policy():
-    """Slide "RL Toy Example": V* from value iteration is V^pi of the policy that is greedy for it, and no more."""
+def test_grid_slips_noise_and_rows_are_what_they_say():
+    """Slide "RL Intro": probabilistic transitions and rewards, partially observable state."""
+    n = 20_000
+    world = GridWorld(slip=0.4, reward_noise=3.0, observe="row")
+    world.reset(n)
+    world.state = torch.full((n,), 7)  # (2, 1)
+    _, reward, _, _, _ = world.step(torch.full((n,), 3))  # down
+    for cell, p in ((12, 0.7), (6, 0.1), (8, 0.1), (2, 0.1)):  # 1 - 0.4 + 0.4 / 4, and 0.4 / 4 elsewhere
+        assert abs((world.state == cell).double().mean() - p) < 4 * math.sqrt(p * (1 - p) / n)
+        assert_close(world.P[7, 3, cell].item(), p)
+    assert abs(reward.mean()) < 4 * 3 / math.sqrt(n) and abs(reward.std() - 3) < 4 * 3 / math.sqrt(2 * n)
+    world.state = torch.full((n,), 24)  # the meat: the episode is over, nothing is earned any more
+    assert (world.step(torch.full((n,), 3))[1] == 0).all()
+    assert len(world.new_policy().logits) == 5 and world.reset(50)[0].max() < 5
+
+
+def test_grid_value_iteration_finds_the_best_of_all_policies_of_a_2_by_2_grid(float64):
+    """Slide "RL Toy Example": V* is the maximum over all 4^3 deterministic policies, each walked step by step."""
+    world = GridWorld("Cb/TM", gamma=0.9)
+    go = {0: (0, 1, 0, 2), 1: (0, 1, 1, 3), 2: (2, 3, 0, 2)}  # cell -> cells left, right, up, down; 3 is the meat
+    best = [-math.inf] * 3
+    for moves in itertools.product(range(4), repeat=3):
+        for start in range(3):
+            s, total = start, 0.0
+            for t in range(400):
+                s = go[s][moves[s]]
+                total += 0.9 ** t * {0: 0, 1: -1, 2: -10, 3: 100}[s]
+                if s == 3:
+                    break
+            best[start] = max(best[start], total)
+    assert_close(world.best, torch.tensor([*best, 0.0]))
+
+
+def test_grid_exact_values_are_those_of_looking_60_moves_ahead(float64):
+    """Slide "Advantage Function": V^pi and Q^pi of the linear system, slips included; the mean over a of A(s, a) is 0."""
+    world = GridWorld("Cb/TM", slip=0.3, gamma=0.5)
+    go = {0: (0, 1, 0, 2), 1: (0, 1, 1, 3), 2: (2, 3, 0, 2)}  # cell -> cells left, right, up, down; 3 is the meat
+    pays = {0: 0, 1: -1, 2: -10, 3: 100}
+    pi = softmax(randn(4, 4)).tolist()
+
+    def q(s, a, v):
+        return sum(p * (pays[n] + 0.5 * v[n]) for p, n in [(0.7, go[s][a])] + [(0.3 / 4, n) for n in go[s]])
+    v = [0.0] * 4
+    for _ in range(60):
+        v = [sum(pi[s][a] * q(s, a, v) for a in range(4)) for s in range(3)] + [0.0]
+    V, Q, A = world.exact_values(torch.tensor(pi))
+    close(V, v)
+    close(Q[:3], [[q(s, a, v) for a in range(4)] for s in range(3)])
+    close((torch.tensor(pi) * A).sum(1), [0.0] * 4, 1e-10)
+
+
+def test_grid_exact_gradient_is_the_slope_of_J(float64):
+    """Slide "Policy Gradient Optimization": grad J against finite differences, also where only the row is seen."""
+    for observe in ("cell", "row"):
+        world = GridWorld(slip=0.2, observe=observe)
+        policy = world.new_policy()
+        policy.logits.data = torch.randn(policy.logits.shape, generator=torch.Generator().manual_seed(1))
+        exact = world.exact_gradient(policy)
+        for s, a in ((0, 1), (3, 2), (4, 3)):
+            J = []
+            for step in (1e-5, -2e-5):
+                policy.logits.data[s, a] += step
+                J.append(world.expected_return(world.probabilities(policy)).item())
+            policy.logits.data[s, a] += 1e-5
+            assert_close(exact[s, a].item(), (J[0] - J[1]) / 2e-5, rtol=1e-6, atol=1e-7)
+
+
+def estimates(world, policy, weigh, n=100, batches=60):
+    """Sampled gradients (batches, S, 4), each from n trajectories, of the loss that train.py minimises."""
+    found = []
+    for _ in range(batches):
+        batch = world.rollout(policy, n)
+        logp = world.logits_and_values(policy, batch)[0].log_softmax(-1).gather(-1, batch["actions"][..., None])[..., 0]
+        loss = policy_gradient_loss(logp, weigh(batch), batch["mask"])
+        found.append(-torch.autograd.grad(loss, policy.logits)[0])
+    return torch.stack(found)
+
+
+WEIGH = {  # at gamma = 1, with no limit: nothing is dropped and nothing cut off
+    "return": lambda b: discounted_return(b["rewards"], b["mask"])[:, None].expand_as(b["rewards"]),
+    "reward-to-go": lambda b: reward_to_go(b["rewards"], b["mask"]),
+    "baseline": lambda b: reward_to_go(b["rewards"], b["mask"]) - b["values"],
+    "gae, lambda 1": lambda b: gae(b["rewards"], b["values"], b["mask"], lam=1.0),
+}
+
+
+def half_trained(value_error):
+    """A 3 x 3 grid without discount or limit, a policy that mostly goes the right way, V^pi off by value_error."""
+    world = GridWorld("C.b/.T./..M", gamma=1.0, limit=10_000)
+    policy = world.new_policy()
+    policy.logits.data = torch.randn(9, 4, generator=torch.Generator().manual_seed(3)) + torch.tensor([0., 1, 0, 1])
+    V = world.exact_values(world.probabilities(policy))[0].detach()
+    policy.value.data = (V + value_error * (torch.arange(9) % 4)) / 100
+    return world, policy
+
+
+@pytest.mark.parametrize("name", WEIGH)
+def test_grid_every_unbiased_weight_estimates_the_exact_gradient(name, float64):
+    """Slide "REINFORCE Gradient: Reducing Variance": the mean of the sampled gradients is grad J, whatever V is."""
+    world, policy = half_trained(value_error=10.0)
+    found = estimates(world, policy, WEIGH[name])
+    off = (found.mean(0) - world.exact_gradient(policy)) / (found.std(0) / math.sqrt(len(found))).clamp(min=1e-12)
+    assert off.abs().max() < 4
+
+
+def test_grid_gae_bias_shrinks_to_0_as_lambda_goes_to_1(float64):
+    """Slide "Advantage Function": with a wrong V, the bias of the gradient falls from the TD error's to none."""
+    world, policy = half_trained(value_error=10.0)
+    exact = world.exact_gradient(policy)
+    bias = [(estimates(world, policy, lambda b: gae(b["rewards"], b["values"], b["mask"], lam=lam)).mean(0) - exact)
+            .norm() / exact.norm() for lam in (0.0, 0.5, 0.9, 1.0)]
+    assert bias[0] > 1.5 * bias[1] > 1.5 * bias[2] > 1.5 * bias[3], bias
+
+
+def test_grid_a_truncated_episode_goes_on_in_V(float64):
+    """Slide "Advantage Function": cut off after 2 moves, GAE with the true V still averages to A^pi; as an end, not."""
+    world = GridWorld("C.b/.T./..M", limit=2)
+    policy = world.new_policy()
+    V, _, A = world.exact_values(world.probabilities(policy))
+    policy.value.data = V.detach() / 100
+    batch = world.rollout(policy, 40_000)
+    for last_value, right in ((batch["last_value"], True), (None, False)):
+        adv = gae(batch["rewards"], batch["values"], batch["mask"], world.gamma, 0.95, last_value)[:, 0]  # first moves
+        off = []
+        for s, a in itertools.product(world.starts.tolist(), range(4)):
+            seen = adv[(batch["states"][:, 0] == s) & (batch["actions"][:, 0] == a)]
+            off.append(((seen.mean() - A[s, a]).abs() / (seen.std() / len(seen) ** 0.5 + 1e-9)).item())
+        assert (max(off) < 4.5) == right
+
+
+def test_grid_ppo_ends_optimal_in_every_cell(tmp_path, capsys):
+    """Slide "RL Toy Example": "find policy that collects maximum expected return": PPO's likeliest moves are optimal."""
+    assert train.main(["--env", "gridworld", "--algo", "ppo", "--out", str(tmp_path)]) == 0
     world = GridWorld()
     policy = world.new_policy()
-    best = world.optimal_values()
-    greedy = (world.reward + world.gamma * best[world.next]).argmax(1)
-    assert world.gold(policy) < 0.5
-    policy.logits.data = 50 * torch.nn.functional.one_hot(greedy, 4).float()
-    assert_close(world.policy_values(policy)[world.starts], best[world.starts], atol=1e-3, rtol=0)
-    steps_to_meat = 8
-    assert_close(best[0].item(), 100 * world.gamma ** (steps_to_meat - 1), atol=1e-3, rtol=0)
+    policy.load_state_dict(torch.load(tmp_path / "gridworld-ppo-0" / "policy.pt", weights_only=True))
+    Q = world.r + world.gamma * world.P @ world.best
+    chosen = Q[torch.arange(25), world.greedy(policy)]
+    assert_close(chosen, Q.max(1).values, atol=1e-3, rtol=0)
+    assert "within 1 % of the optimum after" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--grid", "C../.../..."], ["--grid", "CM/MM"], ["--grid", "M"], ["--grid", "CC/.M"],
+                                   ["--grid", "C./M"], ["--grid", "bT/bM"], ["--grid", "Cx/.M"], ["--grid", ""],
+                                   ["--slip", "1.5"], ["--slip", "nan"], ["--reward-noise", "-1"], ["--gamma", "1"]])
+def test_grid_bad_input_gets_one_line(flags, tmp_path, capsys):
+    """Bad input: no meat, several, no free cell, no square, k < 2, slip outside [0, 1]: one line, exit status 2."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--env", "gridworld", "--out", str(tmp_path), *flags])
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and said.err.count("\n") == 1 and not said.out and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("algo", list(LADDER))

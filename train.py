@@ -35,7 +35,7 @@ from data.world import (KINDS, QUESTIONS, RIGHT, STATEMENTS, VERDICTS, DataError
                         write_jsonl)
 from gae import discounted_return, gae, grpo_advantage, reward_to_go, rloo_advantage
 from gpt import GPT, GPTConfig, Tokenizer, fit, generate, language_model_loss, train_tokenizer
-from gridworld import GridWorld
+from gridworld import GRID, GridWorld, read_grid
 from ppo import (adapt_beta, average, clipped_loss, entropy, explained_variance, full_kl, importance_loss, kl_estimate,
                  log_probs, penalised_rewards, policy_gradient_loss, ppo_loss, score_at_end, value_loss, whiten)
 from reward import RewardModel, pair_accuracy, train_reward_model
@@ -436,6 +436,20 @@ def samples(chat, before, after, n=8):
     return "\n".join(lines) + "\n"
 
 
+def show_cat(world, policy, args, folder):
+    """The grid with the policy's likeliest moves and its exact values, and when these moves became (nearly) optimal."""
+    with torch.no_grad():
+        values = world.exact_values(world.probabilities(policy))[0]
+    print(f"\nlikeliest moves, and what the cell is worth to this policy:\n\n{world.draw(world.greedy(policy), values)}")
+    moves = 0
+    for row in csv.DictReader(open(folder / "metrics.csv")):
+        if float(row["greedy"]) > 0.99:
+            print(f"\nlikeliest moves within 1 % of the optimum after {moves:.0f} moves (batch {row['step']})")
+            return
+        moves += float(row["length"]) * args.batch_size
+    print("\nthe likeliest moves never came within 1 % of the optimum")
+
+
 COLUMNS = {  # of metrics.csv and the log: what they mean, width, format
     "step": ("", 4, "d"),
     "reward": ("mean score of the sampled answers (grid: return), without KL; up is good unless gold falls", 7, ".3f"),
@@ -484,8 +498,10 @@ def run_rl(world, policy, args, folder):
 
 # --------------------------------------------------------------------------------- the command line
 PER_ENV = {  # flags whose default depends on the world
-    "language": {"gamma": 1.0, "steps": 60, "batch_size": 128, "lr": 3e-4, "beta": 0.1, "temperature": 0.7},
-    "gridworld": {"gamma": 0.99, "steps": 60, "batch_size": 64, "lr": 0.1, "beta": 0.1, "temperature": 1.0},
+    "language": {"gamma": 1.0, "steps": 60, "batch_size": 128, "beta": 0.1, "temperature": 0.7,
+                 "vf_coef": 0.1},
+    "gridworld": {"gamma": 0.99, "steps": 60, "batch_size": 128, "lr": 0.05, "beta": 0.1, "temperature": 1.0,
+                  "vf_coef": 0.01, "grid": GRID, "slip": 0.0, "reward_noise": 0.0, "observe": "cell"},
 }
 
 
@@ -518,21 +534,30 @@ def parse(argv):
     g = p.add_argument_group("reinforcement learning")
     g.add_argument("--steps", type=int, help="batches of trajectories (default: 60)", default=argparse.SUPPRESS)
     g.add_argument("--batch-size", type=int, default=argparse.SUPPRESS,
-                   help="trajectories a batch (default: language 128, grid 64)")
+                   help="trajectories a batch (default: 128)")
     g.add_argument("--minibatches", type=int, default=argparse.SUPPRESS,
                    help="optimizer steps an epoch (default: 1 with one epoch, else 2)")
     g.add_argument("--lr", type=float, default=argparse.SUPPRESS,
-                   help="Adam's learning rate (default: language 3e-4, with several epochs 1e-4; grid 0.1)")
+                   help="Adam's learning rate (default: language 1e-4, several epochs 3e-5, rloo 3e-4; grid 0.05)")
     g.add_argument("--beta", type=float, default=argparse.SUPPRESS,
                    help="price of a nat of KL, in reward (default: 0.1)")
     g.add_argument("--gamma", type=float, help="discount (default: language 1, grid 0.99)", default=argparse.SUPPRESS)
     g.add_argument("--lam", type=float, default=0.95, help="lambda of GAE")
     g.add_argument("--clip", type=float, default=0.2, help="epsilon of the clipped loss")
-    g.add_argument("--vf-coef", type=float, default=0.1, help="c1, weight of the value loss")
+    g.add_argument("--vf-coef", type=float, default=argparse.SUPPRESS,
+                   help="c1, weight of the value loss (default: language 0.1, grid 0.01)")
     g.add_argument("--entropy-coef", type=float, default=0.0, help="c2, weight of the entropy bonus")
     g.add_argument("--temperature", type=float, default=argparse.SUPPRESS,
                    help="of the policy, sampling and scoring alike (default: language 0.7, grid 1)")
     g.add_argument("--whiten", action="store_true", help="whiten the weights of each batch (not on the slides)")
+    g = p.add_argument_group("grid world")
+    g.add_argument("--grid", default=argparse.SUPPRESS, help=f"what stands where (default: '{GRID}')")
+    g.add_argument("--slip", type=float, default=argparse.SUPPRESS,
+                   help="probability that a move goes in a random direction (default: 0)")
+    g.add_argument("--reward-noise", type=float, default=argparse.SUPPRESS,
+                   help="standard deviation of the noise on every reward (default: 0)")
+    g.add_argument("--observe", choices=["cell", "row"], default=argparse.SUPPRESS,
+                   help="what the cat sees: where it is, or only in which row (default: cell)")
     g = p.add_argument_group("run")
     g.add_argument("--seed", type=int, default=0, help="of everything")
     g.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
@@ -546,8 +571,8 @@ def parse(argv):
         args.kl_estimator = "k2"  # as a loss, k1 has no gradient in expectation
     if "minibatches" not in args:
         args.minibatches = 1 if args.epochs == 1 else 2
-    if args.env == "language" and "lr" not in given and args.epochs > 1:
-        args.lr /= 3  # many steps on one batch: smaller ones
+    if args.env == "language" and "lr" not in given:  # what figures/rates.py found best of three
+        args.lr = 3e-4 if given.algo == "rloo" else 1e-4 if args.epochs == 1 else 3e-5
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     problem = check(args)
@@ -561,16 +586,23 @@ def check(args):
     for flag in ("steps", "batch_size", "epochs", "minibatches", "group", "lr", "temperature"):
         if not getattr(args, flag) > 0 or math.isinf(getattr(args, flag)):
             return f"--{flag.replace('_', '-')} must be a positive number, not {getattr(args, flag)}"
-    for flag in ("beta", "clip", "vf_coef", "entropy_coef"):
-        if not 0 <= getattr(args, flag) < math.inf:
+    for flag in ("beta", "clip", "vf_coef", "entropy_coef", "reward_noise"):
+        if not 0 <= getattr(args, flag, 0) < math.inf:
             return f"--{flag.replace('_', '-')} must be 0 or a positive number, not {getattr(args, flag)}"
-    for flag in ("gamma", "lam"):
-        if not 0 <= getattr(args, flag) <= 1:
+    for flag in ("gamma", "lam", "slip"):
+        if not 0 <= getattr(args, flag, 0) <= 1:
             return f"--{flag} must be between 0 and 1, not {getattr(args, flag)}"
     if not 0 <= args.seed < 2 ** 31:
         return f"--seed must be between 0 and {2 ** 31 - 1}, not {args.seed}"
     if args.kl_target is not None and args.kl == "none":
         return "--kl-target steers a KL penalty: say where it goes with --kl"
+    if args.env == "gridworld":
+        try:
+            read_grid(args.grid)
+        except ValueError as e:
+            return f"--grid: {e}"
+    elif any(flag in args for flag in ("grid", "slip", "reward_noise", "observe")):
+        return "--grid, --slip, --reward-noise and --observe belong to --env gridworld"
     if args.env == "gridworld" and args.gamma == 1:
         return "--gamma must be below 1 in the grid world: a cat that walks in circles has no value otherwise"
     if args.kl_target is not None and not 0 < args.kl_target < math.inf:
@@ -604,9 +636,11 @@ def main(argv=None):
             old.unlink()  # or an interrupted run would lie among the results of the one before
         write_beside(folder / "config.json", lambda path: path.write_text(config))
         if args.env == "gridworld":
-            world = GridWorld(gamma=args.gamma, temperature=args.temperature, seed=args.seed, device=args.device)
+            world = GridWorld(args.grid, args.slip, args.reward_noise, args.observe, gamma=args.gamma,
+                              temperature=args.temperature, seed=args.seed, device=args.device)
             policy = world.new_policy()
             run_rl(world, policy, args, folder)
+            show_cat(world, policy, args, folder)
         else:
             chat, sft, held_out_lines = prepare_chat(args)
             policy = copy.deepcopy(sft)
