@@ -157,7 +157,8 @@ def generate(model, prompt, prompt_mask, max_new_tokens, end, temperature=1.0, g
     """Trajectory for LLMs: sample an answer a_0 .. a_{T-1} ~ pi(. | s_t) to every prompt.
 
     prompt (B, P), left-padded, prompt_mask (B, P); `end` is the token that ends an answer. Returns a `Sample`.
-    Raises ValueError when prompt and answer do not fit into the model's positions.
+    Raises ValueError when prompt and answer do not fit into the model's positions, FloatingPointError when the
+    probabilities are no numbers.
     """
     B, P = prompt.shape
     if P + max_new_tokens > model.config.n_positions:
@@ -176,6 +177,8 @@ def generate(model, prompt, prompt_mask, max_new_tokens, end, temperature=1.0, g
         # a draw from p: the first token at which the cumulative probability reaches a uniform random number
         cdf = logp_all.exp().cumsum(-1)                                                       # (B, V)
         u = (1 - torch.rand(B, 1, generator=generator, device=cdf.device)) * cdf[:, -1:]      # (B, 1), never 0
+        if not torch.isfinite(u).all():
+            raise FloatingPointError(f"token {t}: the policy's probabilities are no numbers; it has diverged")
         action = torch.searchsorted(cdf, u)[:, 0]                                             # (B,)
         tokens[:, t] = torch.where(alive, action, pad)
         logp[:, t] = logp_all.gather(-1, action[:, None])[:, 0] * alive

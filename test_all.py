@@ -9,11 +9,18 @@ Run `python -m pytest -q test_all.py`.
 import csv
 import importlib
 import inspect
+import io
 import itertools
 import math
+import os
+import pickle
 import random
 import re
+import shlex
 import statistics
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -783,7 +790,7 @@ def test_the_language_loop_runs_the_ratio_starts_at_1_and_a_seed_fixes_the_run(t
         assert train.main(flags) == 0
         rows = list(csv.DictReader(open(folder / "metrics.csv")))
         metrics.append([{k: v for k, v in row.items() if k != "seconds"} for row in rows])
-    files = {"metrics.csv", "config.json", "policy.pt", "samples.txt", "evaluation.json"}
+    files = {"metrics.csv", "config.json", "checkpoint.pt", "policy.pt", "samples.txt", "evaluation.json"}
     assert {p.name for p in folder.iterdir()} == files
     printed = capsys.readouterr().out
     assert printed.count(" made in ") == printed.count(" reused from ") == 3
@@ -871,3 +878,166 @@ def test_the_readme_tests_are_what_ci_runs():
     """README's second command is the one that .ci/run ends with."""
     command = "-m pytest -q test_all.py"
     assert command in README and command in (Path(train.__file__).parent / ".ci" / "run").read_text()
+
+
+# ------------------------------------------- one's own: a run that was stopped (train.py, --resume)
+slow = pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes: SLOW=1 python -m pytest test_all.py")
+
+
+class Killed(BaseException):
+    """A kill -9 in process: nothing is to catch it, and what is dead writes nothing more."""
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """The language world without its minutes of training before RL, and without the evaluation after it."""
+    for stage in ("pretrain", "finetune"):
+        monkeypatch.setattr(train, stage, lambda *a, **k: None)
+    monkeypatch.setattr(train, "train_reward_model", lambda *a, **k: 0)
+    monkeypatch.setattr(train, "pair_accuracy", lambda *a: {f"right > wrong, {kind}": (0.5, 1) for kind in KINDS})
+    monkeypatch.setattr(train, "evaluate", lambda *a: {})
+    monkeypatch.setattr(train, "show_evaluation", lambda *a: None)
+    text, questions = World.pretraining_text, World.questions
+    monkeypatch.setattr(World, "pretraining_text", lambda self, n: text(self, min(n, 300)))
+    monkeypatch.setattr(World, "questions", lambda self, n, *a: questions(self, min(n, 32), *a))
+
+
+def spoil(monkeypatch, place, name, strike):
+    """Call strike(number of the call, its arguments) before every call of place.name."""
+    original, calls = getattr(place, name), itertools.count(1)
+
+    def struck(*args, **kwargs):
+        strike(next(calls), args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(place, name, struck)
+
+
+def outcome(folder):
+    """What a run leaves, as text without its timing: the rows of metrics.csv, every weight, and samples.txt."""
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(open(folder / "metrics.csv"))]
+    weights = torch.load(folder / "policy.pt", weights_only=True)
+    texts = [path.read_text() for path in sorted(folder.glob("*.txt"))]
+    return repr((rows, {k: w.tolist() for k, w in weights.items()}, texts))
+
+
+def complaint(capsys, flags, status=2):
+    """The one line that train.main(flags) says on stderr before it ends with the status."""
+    capsys.readouterr()
+    try:
+        assert train.main(flags) == status
+    except SystemExit as stop:
+        assert stop.code == status
+    line, = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+FLAGS = {"gridworld": "--env gridworld --algo ppo-adaptive-kl --steps 6 --lr 0.1",
+         "language": "--algo ppo-adaptive-kl --steps 3 --batch-size 8 --lr 1e-3"}
+
+
+@pytest.mark.parametrize("env", FLAGS)
+def test_a_run_that_is_killed_at_any_moment_and_resumed_ends_as_if_never_stopped(env, untrained, tmp_path, monkeypatch):
+    """Resume: weights, metrics and samples to the last bit, killed in a step, in a half-written file, before a rename."""
+    flags = [*FLAGS[env].split(), "--out", str(tmp_path)]
+    monkeypatch.setattr(train, "CHECKPOINT_SHARE", 1e9)  # one after every step
+    life = [10 ** 9]
+
+    def strike(call, args):
+        life[0] -= 1
+        if life[0] <= 0:
+            for path in (a for a in args if isinstance(a, Path) and a.suffix == ".part"):
+                path.write_bytes(path.read_bytes()[:99] if path.exists() else b"PK")
+            raise Killed
+
+    for place, name in ((train, "total_loss"), (torch, "save"), (os, "replace"), (train, "log_probs")):
+        spoil(monkeypatch, place, name, strike)
+    assert train.main(flags) == 0
+    folder = tmp_path / f"{env}-ppo-adaptive-kl-0"
+    whole, lives = outcome(folder), 10 ** 9 - life[0]
+    random.seed(0)
+    for n in range(3):
+        life[0] = random.randint(1, lives // 3)
+        with pytest.raises(Killed):
+            train.main(flags if n == 0 else [*flags, "--resume"])
+    life[0] = 10 ** 9
+    assert train.main([*flags, "--resume"]) == 0
+    assert outcome(folder) == whole
+    assert train.main([*flags, "--resume"]) == 0  # when all is done there is nothing to do
+    assert outcome(folder) == whole
+    assert not list(folder.glob("*.part"))
+
+
+@slow
+def test_thirty_kills_from_outside_change_nothing(tmp_path):
+    """Resume: the same with kill -9 at random times, and the equal end."""
+    def start(out, *more):
+        flags = "--env gridworld --algo ppo-adaptive-kl --steps 400 --batch-size 512".split()
+        return subprocess.Popen([sys.executable, "train.py", *flags, "--out", out, *more], cwd=Path(train.__file__).parent)
+    assert start(tmp_path / "a").wait() == 0
+    random.seed(0)
+    kills = 0
+    while kills < 30:
+        process = start(tmp_path / "b", "--resume")
+        path = tmp_path / "b" / "gridworld-ppo-adaptive-kl-0" / "checkpoint.pt"
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        while process.poll() is None and (path.stat().st_mtime_ns if path.exists() else 0) == before:
+            time.sleep(0.01)  # it has loaded its libraries and begun
+        time.sleep(random.uniform(0, 0.3))
+        process.kill()
+        kills += process.wait() != 0
+        assert process.returncode in (0, -9)
+        if process.returncode == 0:
+            break
+    assert start(tmp_path / "b", "--resume").wait() == 0
+    a, b = (outcome(tmp_path / x / "gridworld-ppo-adaptive-kl-0") for x in "ab")
+    assert a == b and kills == 30
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    """Resume: exit status 130, the last whole step in policy.pt and metrics.csv, and the printed command goes on."""
+    flags = [*FLAGS["gridworld"].split(), "--out", str(tmp_path / "a b")]
+    folder = tmp_path / "a b" / "gridworld-ppo-adaptive-kl-0"
+    assert train.main(flags) == 0
+    whole = outcome(folder)
+
+    def strike(call, args):
+        if call == 21:  # in the middle of the third step, of 4 epochs of 2 minibatches each
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "CHECKPOINT_SHARE", 1e9)
+    spoil(monkeypatch, train, "total_loss", strike)
+    capsys.readouterr()
+    assert train.main(flags) == 130
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert len(list(csv.DictReader(open(folder / "metrics.csv")))) == 2
+    assert train.main(shlex.split(last.split("train.py ")[1])) == 0
+    assert outcome(folder) == whole
+
+
+def test_a_checkpoint_that_is_damaged_or_of_another_run_is_refused(tmp_path, capsys):
+    """Resume: exit status 2, one line, and not a byte of the folder is changed."""
+    flags = [*FLAGS["gridworld"].split(), "--out", str(tmp_path)]
+    assert train.main(flags) == 0
+    path = tmp_path / "gridworld-ppo-adaptive-kl-0" / "checkpoint.pt"
+    saved = path.read_bytes()
+    for content in (b"", saved[:1000], saved[:-50], b"PK" + saved, pickle.dumps([1], 2)):
+        path.write_bytes(content)
+        before = {p: p.read_bytes() for p in path.parent.iterdir()}
+        assert "damaged" in complaint(capsys, [*flags, "--resume"])
+        assert before == {p: p.read_bytes() for p in path.parent.iterdir()}
+    for content in ([], {"config": {}}, torch.load(io.BytesIO(saved)) | {"policy": {}}):
+        torch.save(content, path)
+        assert "damaged" in complaint(capsys, [*flags, "--resume"])
+    path.write_bytes(saved)
+    for other in (["--lr", "0.2"], ["--steps", "9"], ["--kl", "none", "--kl-target", "3"], ["--whiten"]):
+        line = complaint(capsys, [*flags, *other, "--resume"])
+        assert other[0][2:].replace("-", "_") in line
+
+
+@pytest.mark.parametrize("env", FLAGS)
+def test_a_learning_rate_out_of_this_world_is_said_to_be_one(env, untrained, tmp_path, capsys):
+    """Bad input: exit status 1, one line, and the policy that is kept is the one before it broke."""
+    assert "learning rate" in complaint(capsys, [*FLAGS[env].split(), "--lr", "1e38", "--out", str(tmp_path)], 1)
+    saved = torch.load(tmp_path / f"{env}-ppo-adaptive-kl-0" / "policy.pt", weights_only=True)
+    assert all(w.abs().max() < 10 for w in saved.values())

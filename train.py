@@ -23,6 +23,7 @@ import hashlib
 import inspect
 import json
 import math
+import shlex
 import sys
 import tempfile
 import time
@@ -87,72 +88,109 @@ LOSSES = {  # logp (B, T), the trajectories b, the flags -> scalar
 
 
 # ---------------------------------------------------------------------------------- the RL loop
-def reinforce(world, policy, args, report):
+class State:
+    """What one step of the loop leaves to the next. A checkpoint holds all of it, so a stopped run goes on exactly."""
+
+    def __init__(self, world, policy, args, reference=None):
+        self.world, self.policy, self.step, self.beta = world, policy, 0, args.beta
+        self.reference = reference or copy.deepcopy(policy).requires_grad_(False)
+        self.optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr, eps=1e-5, fused=True)
+        self.shuffle = torch.Generator().manual_seed(args.seed)
+
+    def save(self):
+        """All but the reference, as torch.save can write it."""
+        return {"step": self.step, "beta": self.beta, "policy": self.policy.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "random": [g.get_state() for g in (self.shuffle, self.world.generator)]}
+
+    def load(self, saved):
+        """Go on from what `save` returned."""
+        self.step, self.beta = saved["step"], saved["beta"]
+        self.world.batches = self.step  # position in the data: a batch a step
+        self.policy.load_state_dict(saved["policy"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for generator, state in zip((self.shuffle, self.world.generator), saved["random"]):
+            generator.set_state(state)
+
+
+def total_loss(world, policy, part, state, args):
+    """What the updates minimise, on the trajectories `part`: scalar, and what the log watches, (3,).
+
+    Watched are means over tokens: entropy, share of ratios outside the clip, KL(pi_old || pi)."""
+    mask, over = part["mask"], args.average
+    logits, values = world.logits_and_values(policy, part)           # (b, T, V), (b, T)
+    logp = log_probs(logits, part["actions"])                        # (b, T)
+    with torch.set_grad_enabled(args.entropy_coef > 0):  # a graph that nobody needs would hold more (b, T, V)
+        uncertainty = entropy(logits)                                # (b, T)
+    c1 = args.vf_coef if args.weight in USES_VALUES else 0.0
+    loss = ppo_loss(LOSSES[args.loss](logp, part, args), value_loss(values, part["target"], mask, over),
+                    average(uncertainty, mask, over), c1, args.entropy_coef)
+    if args.kl == "loss":
+        loss = loss + state.beta * average(kl_estimate(logp, part["logp_ref"], args.kl_estimator), mask, over)
+    elif args.kl == "full":
+        with torch.no_grad():
+            logits_ref, _ = world.logits_and_values(state.reference, part)   # (b, T, V)
+        loss = loss + state.beta * average(full_kl(logits, logits_ref), mask, over)
+    logp, logp_old = logp.detach(), part["logp_old"]
+    outside = ((torch.exp(logp - logp_old) - 1).abs() > args.clip).float()   # (b, T)
+    watched = (uncertainty.detach(), outside, kl_estimate(logp_old, logp, "k3"))
+    return loss, torch.stack([average(x, mask, "token") for x in watched])
+
+
+def reinforce(world, policy, args, report, state=None):
     """Slide "Recap: REINFORCE". Trains `policy` in place; calls report(step, metrics) after every batch.
 
-    Raises FloatingPointError when the loss or its gradient is no longer a number; the policy is the last good one."""
-    # 1. Initialize the network that parametrizes the agent: `policy`, and a frozen copy of it
-    reference = copy.deepcopy(policy).requires_grad_(False)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr, eps=1e-5, fused=True)
-    shuffle = torch.Generator().manual_seed(args.seed)
-    c1 = args.vf_coef if args.weight in USES_VALUES else 0.0
-    beta = args.beta
-    for step in range(args.steps):
-        optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)  # down to 0, or noise has the last word
+    `state` (a `State`) tells where to begin; None: at the start.
+    Raises FloatingPointError when the loss, its gradient or the policy's logits are no longer numbers."""
+    # 1. Initialize the network that parametrizes the agent: `policy`, and a frozen copy of it, the reference
+    state = state or State(world, policy, args)
+    for step in range(state.step, args.steps):
+        state.optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)  # to 0, or noise has the last word
         # 2. Sample a number of trajectories and rewards with the current network
         batch, summary = world.sample(policy, args.batch_size, args.group)
         actions, mask, values, logp_old = (batch[k] for k in ("actions", "mask", "values", "logp_old"))  # each (B, T)
         with torch.no_grad():
-            logp_ref = log_probs(world.logits_and_values(reference, batch)[0], actions)                  # (B, T)
+            logp_ref = log_probs(world.logits_and_values(state.reference, batch)[0], actions)            # (B, T)
         rewards = batch["rewards"]                                                                       # (B, T)
         if args.kl == "reward":
-            rewards = penalised_rewards(rewards, logp_old, logp_ref, mask, beta, args.kl_estimator)
+            rewards = penalised_rewards(rewards, logp_old, logp_ref, mask, state.beta, args.kl_estimator)
         weight = WEIGHTS[args.weight](rewards, values, mask, batch["last_value"], args)                  # (B, T)
         target = weight + values  # where V is used, weight is an estimate of the return minus V    (B, T)
         batch |= {"logp_ref": logp_ref, "weight": whiten(weight, mask) if args.whiten else weight, "target": target}
 
         track = []
         for epoch in range(args.epochs):
-            for rows in torch.randperm(args.batch_size, generator=shuffle).chunk(args.minibatches):
+            for rows in torch.randperm(args.batch_size, generator=state.shuffle).chunk(args.minibatches):
                 part = {name: x[rows.to(x.device)] for name, x in batch.items()}
-
                 # 3. Use the samples to approximate the policy gradient
-                logits, values_now = world.logits_and_values(policy, part)  # (b, T, V), (b, T)
-                logp = log_probs(logits, part["actions"])                   # (b, T)
-                uncertainty = entropy(logits)                               # (b, T)
-                loss = ppo_loss(LOSSES[args.loss](logp, part, args),
-                                value_loss(values_now, part["target"], part["mask"], args.average),
-                                average(uncertainty, part["mask"], args.average), c1, args.entropy_coef)
-                if args.kl == "loss":
-                    kl = kl_estimate(logp, part["logp_ref"], args.kl_estimator)                      # (b, T)
-                    loss = loss + beta * average(kl, part["mask"], args.average)
-                elif args.kl == "full":
-                    with torch.no_grad():
-                        logits_ref, _ = world.logits_and_values(reference, part)                     # (b, T, V)
-                    loss = loss + beta * average(full_kl(logits, logits_ref), part["mask"], args.average)
-
-                # 4. Run stochastic gradient ascent on the return: descent on its negative
-                optimizer.zero_grad()
+                loss, watched = total_loss(world, policy, part, state, args)
+                state.optimizer.zero_grad()
                 loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-                if not torch.isfinite(loss + norm):
-                    raise FloatingPointError(f"step {step}: the loss is {loss.item()}, its gradient {norm.item()}; "
-                                             f"likely the learning rate {args.lr} is too high")
-                optimizer.step()
-                ratio = (logp - part["logp_old"]).exp()                     # (b, T)
-                outside = ((ratio - 1).abs() > args.clip).float()           # (b, T)
-                drift = kl_estimate(part["logp_old"], logp, "k3")           # (b, T)  KL(pi_old || pi)
-                watched = (uncertainty, outside, drift)
-                track.append(torch.stack([average(x.detach(), part["mask"], "token") for x in watched]))
+                check_finite(f"step {step}: the loss or its gradient", loss + norm, args)
+                # 4. Run stochastic gradient ascent on the return: descent on its negative
+                state.optimizer.step()
+                track.append(watched)
+        with torch.no_grad():
+            after = world.logits_and_values(policy, {name: x[:1] for name, x in batch.items()})[0]       # (1, T, V)
+        check_finite(f"step {step}: the policy's logits", after, args)  # one answer shows it
 
         kl = average(logp_old - logp_ref, mask).item()  # k1, nats a trajectory: a sum over its steps, so mean over rows
-        explained = explained_variance(values, target, mask).item()
+        explained = explained_variance(values, target, mask).item() if args.weight in USES_VALUES else math.nan
         uncertainty, outside, drift = torch.stack(track).mean(0).tolist()
-        report(step, summary | {"kl": kl, "entropy": uncertainty, "clip_fraction": outside,
-                                "approx_kl": drift, "beta": beta, "explained_variance": explained if c1 else math.nan})
+        summary |= {"kl": kl, "entropy": uncertainty, "clip_fraction": outside, "approx_kl": drift,
+                    "beta": state.beta, "explained_variance": explained}
         if args.kl_target is not None:
-            beta = adapt_beta(beta, kl, args.kl_target, args.batch_size, horizon=500)
+            state.beta = adapt_beta(state.beta, kl, args.kl_target, args.batch_size, horizon=500)
+        state.step = step + 1
+        report(step, summary)
         # 5. Go back to 2.
+
+
+def check_finite(what, x, args):
+    """Raises FloatingPointError unless all of x are numbers."""
+    if not torch.isfinite(x).all():
+        raise FloatingPointError(f"{what}: no longer a number; likely the learning rate {args.lr} is too high")
 
 
 # ------------------------------------------------------------------------------ the language world
@@ -327,7 +365,7 @@ class Stages:
 
 
 def prepare_chat(args):
-    """Tokenizer -> pretraining -> SFT -> preference pairs -> reward model. Returns the Chat and the SFT policy."""
+    """Tokenizer -> pretraining -> SFT -> pairs -> reward model. Returns Chat, SFT policy, held-out text, data key."""
     world = World(args.seed)
     tokenizer = load_tokenizer()
     room = CONTEXT - MAX_NEW_TOKENS  # for a question between its two turn tokens; statements stand between two ends
@@ -376,7 +414,7 @@ def prepare_chat(args):
     chat.reseed(args.seed)
     saved = {"config": vars(model.config), "model": scorer.state_dict()}
     write_beside(args.out / "reward_model.pt", lambda path: torch.save(saved, path))
-    return chat, model, held_out_lines
+    return chat, model, held_out_lines, stages.key
 
 
 def show_accuracy(accuracy):
@@ -449,11 +487,40 @@ COLUMNS = {  # of metrics.csv and the log: what they mean, width, format
 }
 
 
-def run_rl(world, policy, args, folder):
-    """The RL loop with its log, its metrics.csv and, whatever happens, its last good policy."""
-    print("\n" + " ".join(f"{name:>{width}}" for name, (_, width, _) in COLUMNS.items()) + "  seconds left")
-    start = time.time()
-    rows = []
+CHECKPOINT_SHARE = 0.01  # of the time may go into checkpoints
+
+
+def load_checkpoint(path, state, config):
+    """Set `state` to what the file holds; returns the rows of metrics until then. Raises DataError."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        theirs, rows = saved["config"], saved["rows"]
+        other = sorted(key for key in config | theirs if config.get(key) != theirs.get(key))
+        if not other:
+            state.load(saved)
+    except Exception as e:
+        raise DataError(f"{path} is damaged ({type(e).__name__}): run without --resume, from the start") from None
+    if other:
+        raise DataError(f"{path} belongs to another configuration ({', '.join(other)}): give its flags to --resume, "
+                        f"or run without, from the start")
+    return rows
+
+
+def run_rl(world, reference, args, folder, data=""):
+    """The RL loop with its log, its metrics.csv, its checkpoints and, whatever happens, its last good policy.
+
+    `reference` is where the policy starts, `data` names all that went into it. Returns the trained policy."""
+    policy = copy.deepcopy(reference).requires_grad_()
+    state, rows = State(world, policy, args, reference.requires_grad_(False)), []
+    config = {k: v for k, v in vars(args).items() if k not in ("out", "resume")} | {"data": data}
+    path = folder / "checkpoint.pt"
+    due = 0.0
+
+    def checkpoint():
+        nonlocal due
+        begun = time.time()
+        write_beside(path, lambda temporary: torch.save(state.save() | {"rows": rows, "config": config}, temporary))
+        due = time.time() + (time.time() - begun) / CHECKPOINT_SHARE
 
     def report(step, metrics):
         metrics = {"step": step, "samples": (step + 1) * args.batch_size} | metrics | {"seconds": time.time() - start}
@@ -461,25 +528,42 @@ def run_rl(world, policy, args, folder):
         if step % max(1, args.steps // 12) == 0 or step + 1 == args.steps:
             line = " ".join(f"{metrics[name]:>{width}{form}}" for name, (_, width, form) in COLUMNS.items())
             print(f"{line}  {metrics['seconds'] / (step + 1) * (args.steps - step - 1):12.0f}", flush=True)
+        if time.time() > due or step + 1 == args.steps:
+            checkpoint()
 
-    def write_metrics(path):
-        with open(path, "w", newline="") as f:
+    def write_metrics(temporary):
+        with open(temporary, "w", newline="") as f:
             writer = csv.DictWriter(f, rows[0])
             writer.writeheader()
             writer.writerows(rows)
 
+    resume = args.resume and path.exists()
+    if resume:
+        rows = load_checkpoint(path, state, config)
+        print(f"\nresumed from {path}: {state.step} of {args.steps} steps are done")
+    for old in folder.glob("*.part" if resume else "*"):
+        old.unlink()  # or an interrupted run would lie among the results of the one before
+    if not resume:
+        write_beside(folder / "config.json", lambda temporary: temporary.write_text(json.dumps(config, indent=1)))
+        checkpoint()
+    print("\n" + " ".join(f"{name:>{width}}" for name, (_, width, _) in COLUMNS.items()) + "  seconds left")
+    start = time.time() - (rows[-1]["seconds"] if rows else 0)
     try:
-        reinforce(world, policy, args, report)
-    except FloatingPointError as e:
-        raise FloatingPointError(f"{e}. The last good policy is in {folder}") from None
+        reinforce(world, policy, args, report, state)
+    except BaseException as e:
+        rows = load_checkpoint(path, state, config)  # the step was left half done: back to the last good policy
+        if isinstance(e, FloatingPointError):
+            raise FloatingPointError(f"{e}. The last good policy is in {folder}") from None
+        raise
     finally:
-        write_beside(folder / "policy.pt", lambda path: torch.save(policy.state_dict(), path))
+        write_beside(folder / "policy.pt", lambda temporary: torch.save(policy.state_dict(), temporary))
         if rows:
             write_beside(folder / "metrics.csv", write_metrics)
     for name, (meaning, _, _) in COLUMNS.items():
         if meaning:
             print(f"  {name}: {meaning}")
     print("  (A policy-gradient loss is not shown: only its gradient means anything.)")
+    return policy
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -499,44 +583,43 @@ class OneLineParser(argparse.ArgumentParser):
 def parse(argv):
     """Flags, with what they leave open filled in from the algorithm's row and the world."""
     p = OneLineParser(description="Train a policy with reinforcement learning; see README.md.",
-                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                      formatter_class=argparse.ArgumentDefaultsHelpFormatter, argument_default=argparse.SUPPRESS)
     p.add_argument("--algo", default="reinforce", choices=list(LADDER), help="row of the ladder")
     p.add_argument("--env", default="language", choices=list(PER_ENV), help="what to train on")
     p.add_argument("--reward", default="model", choices=["model", "verifier"],
                    help="who scores an answer: the learned reward model, or the exact judge")
     g = p.add_argument_group("columns of the ladder (default: the algorithm's)")
-    g.add_argument("--weight", choices=list(WEIGHTS), help="what multiplies each log-prob", default=argparse.SUPPRESS)
-    g.add_argument("--loss", choices=list(LOSSES), help="policy loss", default=argparse.SUPPRESS)
-    g.add_argument("--epochs", type=int, help="passes over each batch", default=argparse.SUPPRESS)
-    g.add_argument("--kl", choices=["none", "reward", "loss", "full"], default=argparse.SUPPRESS,
+    g.add_argument("--weight", choices=list(WEIGHTS), help="what multiplies each log-prob")
+    g.add_argument("--loss", choices=list(LOSSES), help="policy loss")
+    g.add_argument("--epochs", type=int, help="passes over each batch")
+    g.add_argument("--kl", choices=["none", "reward", "loss", "full"],
                    help="KL to the frozen reference: in the reward, in the loss (estimated), or exact in the loss")
-    g.add_argument("--kl-target", type=float, help="nats a trajectory; adapts beta", default=argparse.SUPPRESS)
-    g.add_argument("--kl-estimator", choices=["k1", "k2", "k3"], help="see ppo.kl_estimate", default=argparse.SUPPRESS)
-    g.add_argument("--group", type=int, help="answers to one prompt", default=argparse.SUPPRESS)
-    g.add_argument("--average", choices=["trajectory", "token", "answer"], default=argparse.SUPPRESS,
+    g.add_argument("--kl-target", type=float, help="nats a trajectory; adapts beta")
+    g.add_argument("--kl-estimator", choices=["k1", "k2", "k3"], help="see ppo.kl_estimate")
+    g.add_argument("--group", type=int, help="answers to one prompt")
+    g.add_argument("--average", choices=["trajectory", "token", "answer"],
                    help="what losses are averaged over; the slides': trajectory")
     g = p.add_argument_group("reinforcement learning")
-    g.add_argument("--steps", type=int, help="batches of trajectories (default: 60)", default=argparse.SUPPRESS)
-    g.add_argument("--batch-size", type=int, default=argparse.SUPPRESS,
-                   help="trajectories a batch (default: language 128, grid 64)")
-    g.add_argument("--minibatches", type=int, default=argparse.SUPPRESS,
-                   help="optimizer steps an epoch (default: 1 with one epoch, else 2)")
-    g.add_argument("--lr", type=float, default=argparse.SUPPRESS,
+    g.add_argument("--steps", type=int, help="batches of trajectories (default: 60)")
+    g.add_argument("--batch-size", type=int, help="trajectories a batch (default: language 128, grid 64)")
+    g.add_argument("--minibatches", type=int, help="optimizer steps an epoch (default: 1 with one epoch, else 2)")
+    g.add_argument("--lr", type=float,
                    help="Adam's learning rate (default: language 3e-4, with several epochs 1e-4; grid 0.1)")
-    g.add_argument("--beta", type=float, default=argparse.SUPPRESS,
-                   help="price of a nat of KL, in reward (default: 0.1)")
-    g.add_argument("--gamma", type=float, help="discount (default: language 1, grid 0.99)", default=argparse.SUPPRESS)
+    g.add_argument("--beta", type=float, help="price of a nat of KL, in reward (default: 0.1)")
+    g.add_argument("--gamma", type=float, help="discount (default: language 1, grid 0.99)")
     g.add_argument("--lam", type=float, default=0.95, help="lambda of GAE")
     g.add_argument("--clip", type=float, default=0.2, help="epsilon of the clipped loss")
     g.add_argument("--vf-coef", type=float, default=0.1, help="c1, weight of the value loss")
     g.add_argument("--entropy-coef", type=float, default=0.0, help="c2, weight of the entropy bonus")
-    g.add_argument("--temperature", type=float, default=argparse.SUPPRESS,
+    g.add_argument("--temperature", type=float,
                    help="of the policy, sampling and scoring alike (default: language 0.7, grid 1)")
-    g.add_argument("--whiten", action="store_true", help="whiten the weights of each batch (not on the slides)")
+    g.add_argument("--whiten", action="store_true", default=False, help="whiten the weights of each batch (not on the slides)")
     g = p.add_argument_group("run")
     g.add_argument("--seed", type=int, default=0, help="of everything")
     g.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     g.add_argument("--out", type=Path, default=Path("out"), help="folder of all results")
+    g.add_argument("--resume", action="store_true", default=False,
+                   help="go on where an interrupted run with the same flags was")
     given = p.parse_args(argv)
     row = LADDER[given.algo]
     columns = row._asdict()
@@ -593,39 +676,40 @@ def check(args):
         return f"--out {args.out} cannot be written ({e.strerror})"
 
 
-def main(argv=None):
-    """Run one algorithm from start to end. Returns the exit status: 2 for bad input, 1 for a run that diverged."""
-    args = parse(argv)
+def run(args):
+    """Run one algorithm from start to end."""
     start = time.time()
     folder = args.out / f"{args.env}-{args.algo}-{args.seed}"
-    config = json.dumps({k: str(v) if k == "out" else v for k, v in vars(args).items()}, indent=1)
-    try:
-        for old in folder.glob("*"):
-            old.unlink()  # or an interrupted run would lie among the results of the one before
-        write_beside(folder / "config.json", lambda path: path.write_text(config))
-        if args.env == "gridworld":
-            world = GridWorld(gamma=args.gamma, temperature=args.temperature, seed=args.seed, device=args.device)
-            policy = world.new_policy()
-            run_rl(world, policy, args, folder)
-        else:
-            chat, sft, held_out_lines = prepare_chat(args)
-            policy = copy.deepcopy(sft)
-            run_rl(chat, policy, args, folder)
-            before, after = (evaluate(chat, p, held_out_lines) for p in (sft, policy))
-            show_evaluation(before, after)
-            text = samples(chat, sft, policy)
-            print(f"\nHeld-out questions, before and after:\n{text}")
-            write_beside(folder / "samples.txt", lambda path: path.write_text(text))
-            result = json.dumps({"sft": before, "rl": after}, indent=1)
-            write_beside(folder / "evaluation.json", lambda path: path.write_text(result))
-    except (DataError, OSError) as e:
-        print(f"train.py: {e}", file=sys.stderr)
-        return 2
-    except FloatingPointError as e:
-        print(f"train.py: {e}", file=sys.stderr)
-        return 1
+    if args.env == "gridworld":
+        world = GridWorld(gamma=args.gamma, temperature=args.temperature, seed=args.seed, device=args.device)
+        run_rl(world, world.new_policy(), args, folder)
+    else:
+        chat, sft, held_out_lines, data = prepare_chat(args)
+        policy = run_rl(chat, sft, args, folder, data)
+        before, after = (evaluate(chat, p, held_out_lines) for p in (sft, policy))
+        show_evaluation(before, after)
+        text = samples(chat, sft, policy)
+        print(f"\nHeld-out questions, before and after:\n{text}")
+        write_beside(folder / "samples.txt", lambda path: path.write_text(text))
+        result = json.dumps({"sft": before, "rl": after}, indent=1)
+        write_beside(folder / "evaluation.json", lambda path: path.write_text(result))
     files = ", ".join(sorted(p.name for p in folder.iterdir()))
     print(f"{time.time() - start:.0f} s in all; written to {folder}: {files}")
+
+
+def main(argv=None):
+    """The command line. Returns the exit status: 0, 1 for a run that diverged, 2 for bad input, 130 for Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    try:
+        run(args)
+    except (DataError, OSError, FloatingPointError) as e:
+        print(f"train.py: {' '.join(str(e).split())}", file=sys.stderr)  # one line, whatever is in it
+        return 1 if isinstance(e, FloatingPointError) else 2
+    except KeyboardInterrupt:
+        again = shlex.join([*argv, *(["--resume"] if not args.resume else [])])
+        print(f"\nstopped. To go on: python train.py {again}", file=sys.stderr)
+        return 130
     return 0
 
 
