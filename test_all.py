@@ -11,6 +11,7 @@ import importlib
 import inspect
 import io
 import itertools
+import json
 import math
 import os
 import pickle
@@ -21,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ import torch
 from torch.testing import assert_close
 
 import train
-from data.world import KINDS, VERDICTS, DataError, World, read_jsonl
+from data.world import KINDS, VERDICTS, DataError, Prompts, World, read_jsonl, read_own
 from gae import discounted_return, gae, grpo_advantage, n_step_advantage, reward_to_go, rloo_advantage, td_error
 from gpt import GPT, GPTConfig, Tokenizer, generate, language_model_loss, train_tokenizer
 from gridworld import GridWorld
@@ -938,7 +939,7 @@ FLAGS = {"gridworld": "--env gridworld --algo ppo-adaptive-kl --steps 12 --epoch
 
 @pytest.mark.parametrize("env", FLAGS)
 def test_a_run_that_is_killed_at_any_moment_and_resumed_ends_as_if_never_stopped(env, untrained, tmp_path, monkeypatch):
-    """Resume: weights, metrics and samples to the last bit, killed in a step, in a half-written file, before a rename."""
+    """Resume: weights, metrics, samples to the last bit, killed in a step, in a half-written file, before a rename."""
     flags = [*FLAGS[env].split(), "--out", str(tmp_path)]
     monkeypatch.setattr(train, "CHECKPOINT_SHARE", 1e9)  # one after every step
     life = [10 ** 9]
@@ -973,7 +974,8 @@ def test_thirty_kills_from_outside_change_nothing(tmp_path):
     """Resume: the same with kill -9 at random times, and the equal end."""
     def start(out, *more):
         flags = "--env gridworld --algo ppo-adaptive-kl --steps 400 --batch-size 512".split()
-        return subprocess.Popen([sys.executable, "train.py", *flags, "--out", out, *more], cwd=Path(train.__file__).parent)
+        folder = Path(train.__file__).parent
+        return subprocess.Popen([sys.executable, "train.py", *flags, "--out", out, *more], cwd=folder)
     assert start(tmp_path / "a").wait() == 0
     random.seed(0)
     kills = 0
@@ -1041,3 +1043,121 @@ def test_a_learning_rate_out_of_this_world_is_said_to_be_one(env, untrained, tmp
     assert "learning rate" in complaint(capsys, [*FLAGS[env].split(), "--lr", "1e38", "--out", str(tmp_path)], 1)
     saved = torch.load(tmp_path / f"{env}-ppo-adaptive-kl-0" / "policy.pt", weights_only=True)
     assert all(w.abs().max() < 10 for w in saved.values())
+
+
+# ------------------------------------------------- one's own: a reward and data (train.py, data/world.py)
+PAIR = {"prompt": "Where is Rome?", "chosen": "Rome is in Italy.", "rejected": "Rome does not exist."}
+
+
+def test_a_reward_of_your_own_scores_the_answers_and_needs_no_reward_model(untrained, tmp_path, monkeypatch):
+    """--reward FILE.py:FUNCTION: each answer earns what the function says of it, given as prompt and response."""
+    (tmp_path / "mine.py").write_text("def short(prompts, responses):\n"
+                                      "    return [len(p) - len(r) / 100 for p, r in zip(prompts, responses)]\n")
+    name = f"{tmp_path / 'mine.py'}:short"
+    assert train.main([*FLAGS["language"].split(), "--steps", "1", "--reward", name, "--out", str(tmp_path)]) == 0
+    assert not list((tmp_path / "stages").glob("reward*"))
+    chat = Chat(World(0), load_tokenizer(), None, train.parse(["--reward", name, "--out", str(tmp_path)]))
+    torch.manual_seed(0)
+    policy = GPT(GPTConfig(chat.tokenizer.vocab_size, 64, 1, 2, 16))
+    batch, answers = chat.answer(policy, ["Where is Shanghai?", "My own question"])
+    close(batch["rewards"].sum(1), [len(a["question"]) - len(a["answer"]) / 100 for a in answers], 1e-5)
+    assert [a["verdict"] for a in answers] == ["garbled", None]
+
+
+def test_own_pairs_demonstrations_and_prompts_are_what_is_learned_from(untrained, tmp_path, monkeypatch, capsys):
+    """--pairs, --demos, --prompts: each stage gets the rows of its file, cut to fit; gold is nan."""
+    seen = {}
+    monkeypatch.setattr(train, "finetune", lambda model, tokenizer, demos, *a: seen.update(demos=demos))
+    monkeypatch.setattr(train, "train_reward_model", lambda model, pairs, *a, **k: seen.update(pairs=pairs) or 0)
+    for name, rows in (("pairs", [PAIR | {"prompt": f"{i}?"} for i in range(12)]),
+                       ("demos", [{"prompt": "Say " + "very " * 90 + "long", "response": "yes " * 50}])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "prompts.txt").write_text("".join(f"question {i}\u2028 of mine\n" for i in range(9)))
+    flags = [f"--{name}={next(tmp_path.glob(name + '.*'))}" for name in ("pairs", "demos", "prompts")]
+    assert train.main([*FLAGS["language"].split(), *flags, "--steps", "1", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "1 prompts cut from the left to 38 tokens, 1 answers longer than 24 tokens" in printed
+    assert [pair["prompt"] for pair in seen["pairs"]] == [f"{i}?" for i in (*range(9), 10, 11)]
+    (prompt, response), = seen["demos"]
+    assert prompt.endswith("very long") and prompt.startswith("very ") and response == "yes " * 50
+    assert len(load_tokenizer().encode(prompt)) == 38
+    folder = tmp_path / "language-ppo-adaptive-kl-0"
+    assert [row["gold"] for row in csv.DictReader(open(folder / "metrics.csv"))] == ["nan"]
+    assert re.search(r"question \d\u2028 of mine", (folder / "samples.txt").read_text())
+
+
+def test_of_two_transcripts_the_shared_prefix_is_the_prompt(tmp_path):
+    """--pairs in Anthropic's HH form: what both dialogues share, up to the answer in which they part."""
+    begin = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Where is Rome?\n\nAssistant:"
+    rows = [{"chosen": begin + " In Italy.", "rejected": begin + " In Peru."},
+            {"chosen": "\n\nHuman: A\n\nAssistant: B\n\nHuman: C", "rejected": "\n\nHuman: A\n\nAssistant: D"}, PAIR]
+    (tmp_path / "hh.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    first, second, third = read_jsonl(tmp_path / "hh.jsonl", ["prompt", "chosen", "rejected"])
+    assert first == {"prompt": "Hi\n\nAssistant: Hello!\n\nHuman: Where is Rome?", "chosen": "In Italy.",
+                     "rejected": "In Peru."}
+    assert second == {"prompt": "A", "chosen": "B\n\nHuman: C", "rejected": "D"}
+    assert third == PAIR
+
+
+def test_prompts_of_your_own_are_split_and_what_is_cut_fits(tmp_path, capsys):
+    """--prompts: a fifth is held out, no text is in both; a cut keeps the end, whatever the letters are."""
+    prompts = Prompts([f"{i % 50}?" for i in range(100)], 0)
+    assert len(prompts.held_out) == 10 and len({*prompts.train, *prompts.held_out}) == 50
+    assert {*prompts.questions(99, "held_out", 1)} <= {*prompts.held_out}
+    random.seed(0)
+    texts = ["".join(random.choices("abc 12é漢🙂👩‍👧", k=n)).strip() or "x" for n in range(1, 60)]
+    (tmp_path / "p.txt").write_text("\n".join(texts))
+    for tokenizer in (BYTES, load_tokenizer()):
+        for text, row in zip(texts, read_own(tmp_path / "p.txt", ["prompt"], tokenizer, 9, 5)):
+            assert text.endswith(row["prompt"]) and len(tokenizer.encode(row["prompt"])) <= 9
+            assert (row["prompt"] == text) == (len(tokenizer.encode(text)) <= 9)
+
+
+def malformed(rng):
+    """(flag, content of its file, what the complaint must name), made by breaking something good."""
+    fields = {"pairs": PAIR, "demos": {"prompt": "p", "response": "r"}, "prompts": {"prompt": "p"}}
+    flag = rng.choice(list(fields))
+    row, n = fields[flag], rng.randrange(4)
+    field = rng.choice(list(row))
+    good = json.dumps(row)
+    bad = rng.choice([json.dumps(row | {field: x}) for x in ("", " \n", None, 3, ["a"], {}, True, "\ud800")]
+                     + [json.dumps({k: v for k, v in row.items() if k != field})])
+    where = (f"line {n + 1}", f"'{field}'")
+    if rng.random() < 0.4:
+        where = where[:1]
+        cut = good[:rng.randrange(1, len(good))]
+        bad = rng.choice([cut, "", "[]", "7", "null", "[" * 99_999, "{" + good, good * 2])
+    if flag == "pairs" and rng.random() < 0.2:
+        same = "\n\nHuman: a\n\nAssistant:"
+        texts, field = rng.choice([((same + " b", same), "'rejected'"), (("b", "c"), "'prompt'")])
+        bad, where = json.dumps(dict(zip(("chosen", "rejected"), texts))), (f"line {n + 1}", field)
+    content = "\n".join([good] * n + [bad] + [good] * rng.randrange(3)) + "\n"
+    return flag, content.encode(), where
+
+
+def test_a_hundred_malformed_files_get_one_line_each(untrained, tmp_path, monkeypatch, capsys):
+    """Bad input: data and rewards of one's own, broken at random: status 2, file, line and field, nothing written."""
+    monkeypatch.setattr(train, "World", cache(World))
+    check_world = train.check_world
+    monkeypatch.setattr(train, "check_world", lambda *a: None)  # a second for each of a hundred
+    rng = random.Random(0)
+    cases = [malformed(rng) for _ in range(80)]
+    cases += [(flag, content, ()) for flag in ("pairs", "demos", "prompts") for content in (b"\xff\xfe", b"", None)]
+    for flag, content, where in cases:
+        path = tmp_path / "own.jsonl"
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+        line = complaint(capsys, [f"--{flag}", str(path), "--out", str(tmp_path / "out")])
+        assert str(path) in line and all(name in line for name in where), (content, line)
+    for code in ("def f(:", "raise SystemError('a\\nb')", "g = 1", "f = 3", "def f(p): return p",
+                 "def f(p, r): return [1]", "def f(p, r): return None", "def f(p, r): return r", "def f(p, r): 1 / 0",
+                 "def f(p, r): return [float('nan')] * len(r)", "def f(p, r): return {'a': 1}"):
+        (tmp_path / "own.py").write_text(code + "\n")
+        line = complaint(capsys, ["--reward", f"{tmp_path / 'own.py'}:f", "--out", str(tmp_path / "out")])
+        assert "--reward" in line, (code, line)
+    monkeypatch.setattr(train, "check_world", check_world)
+    for flags in ("--reward mine", "--reward nowhere.py:f", "--reward verifier --prompts p",
+                  "--env gridworld --pairs p", "--max-new-tokens 0", "--max-new-tokens 99"):
+        complaint(capsys, [*flags.split(), "--out", str(tmp_path / "out")])
+    assert not list((tmp_path / "out").glob("language-*"))

@@ -23,6 +23,7 @@ import hashlib
 import inspect
 import json
 import math
+import runpy
 import shlex
 import sys
 import tempfile
@@ -32,8 +33,8 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from data.world import (KINDS, QUESTIONS, RIGHT, STATEMENTS, VERDICTS, DataError, World, fill, read_jsonl,
-                        write_jsonl)
+from data.world import (KINDS, QUESTIONS, RIGHT, STATEMENTS, VERDICTS, DataError, Prompts, World, fill, read_jsonl,
+                        read_own, write_jsonl)
 from gae import discounted_return, gae, grpo_advantage, reward_to_go, rloo_advantage
 from gpt import GPT, GPTConfig, Tokenizer, fit, generate, language_model_loss, train_tokenizer
 from gridworld import GridWorld
@@ -194,7 +195,7 @@ def check_finite(what, x, args):
 
 
 # ------------------------------------------------------------------------------ the language world
-MAX_NEW_TOKENS = 24  # longest answer, its end token included
+REWARDS = ("model", "verifier")
 UNFINISHED = -2.0    # score of an answer that the limit cut off: two standard deviations below the answers before RL
 
 
@@ -203,13 +204,37 @@ def question_and_answer(batch):
     return torch.cat((batch["prompt"], batch["actions"]), 1), torch.cat((batch["prompt_mask"], batch["mask"]), 1)
 
 
+def own_reward(name):
+    """`name` FILE.py:FUNCTION -> score(prompts, responses), which returns a number for each response.
+
+    Raises DataError when there is no such function, and `score` when what it returns is anything else."""
+    path, _, function = name.rpartition(":")
+    try:
+        given = runpy.run_path(path)[function]
+    except Exception as e:
+        raise DataError(f"--reward {name}: no such function ({type(e).__name__}: {e})") from None
+
+    def score(prompts, responses):
+        try:
+            scores = [float(x) for x in given(list(prompts), list(responses))]
+        except Exception as e:
+            raise DataError(f"--reward {name} failed ({type(e).__name__}: {e}): it is given two lists of texts, "
+                            f"prompts and responses, and returns a list of numbers") from None
+        if len(scores) != len(responses) or not all(map(math.isfinite, scores)):
+            raise DataError(f"--reward {name} must return a finite number for each of {len(responses)} responses, "
+                            f"not {len(scores)} numbers like {scores[:3]}")
+        return scores
+    return score
+
+
 class Chat:
     """Questions in, sampled answers out, one score at the end of each: the slide "RL Setting for LLMs"."""
 
     def __init__(self, world, tokenizer, reward_model, args):
         self.world, self.tokenizer, self.reward_model = world, tokenizer, reward_model
-        self.temperature, self.device = args.temperature, args.device
+        self.temperature, self.device, self.max_new_tokens = args.temperature, args.device, args.max_new_tokens
         self.verifier = args.reward == "verifier"
+        self.own_reward = None if args.reward in REWARDS else own_reward(args.reward)
         self.reseed(args.seed)
 
     def reseed(self, seed):
@@ -223,7 +248,7 @@ class Chat:
         questions = self.world.questions(B // group, "train", f"{self.seed} {self.batches}")
         batch, answers = self.answer(policy, [q for q in questions for _ in range(group)])
         return batch, {"reward": average(batch["rewards"], batch["mask"]).item(),
-                       "gold": sum(a["verdict"] == "right" for a in answers) / B,
+                       "gold": sum(a["verdict"] == "right" for a in answers) / B if self.world.fact_of else math.nan,
                        "length": batch["mask"].sum(1).float().mean().item(),
                        "finished": sum(a["finished"] for a in answers) / B}
 
@@ -232,13 +257,14 @@ class Chat:
         tokenizer = self.tokenizer
         rows = [tokenizer.prompt(q) for q in questions]
         prompt, prompt_mask = tokenizer.pad_rows(rows, "left", self.device)                  # (B, P), (B, P)
-        tokens, mask, logp, values = generate(policy, prompt, prompt_mask, MAX_NEW_TOKENS, tokenizer.end,
+        tokens, mask, logp, values = generate(policy, prompt, prompt_mask, self.max_new_tokens, tokenizer.end,
                                               self.temperature, self.generator)              # (B, T) each
         finished = (tokens == tokenizer.end).any(1)                                          # (B,)
         texts = [tokenizer.decode(row) for row in tokens.tolist()]
-        verdicts = [self.world.judge(*said) if done else "garbled"  # an answer that the limit cut off is never right
-                    for done, *said in zip(finished.tolist(), questions, texts)]
-        if self.verifier:
+        verdicts = [self.verdict(*said) for said in zip(questions, texts, finished.tolist())]
+        if self.own_reward:
+            score = torch.tensor(self.own_reward(questions, texts), device=self.device)        # (B,)
+        elif self.verifier:
             score = torch.tensor([float(v == "right") for v in verdicts], device=self.device)  # (B,)
         else:
             with torch.no_grad():
@@ -250,6 +276,11 @@ class Chat:
                  "last_value": torch.zeros_like(score)}  # an answer's end is an end: no value after it
         facts = zip(questions, texts, finished.tolist(), verdicts, score.tolist())
         return batch, [dict(zip(("question", "answer", "finished", "verdict", "score"), fact)) for fact in facts]
+
+    def verdict(self, question, answer, finished):
+        """The judge's, or None on a question of your own. An answer that the limit cut off is never right."""
+        if question in self.world.fact_of:
+            return self.world.judge(question, answer) if finished else "garbled"
 
     def logits_and_values(self, policy, batch):
         """The policy's logits (B, T, V) and values (B, T) in the state before each action of the trajectories."""
@@ -304,14 +335,14 @@ def pretrain(model, tokenizer, lines, seed, steps=800, batch_size=16, lr=4e-3):
     fit(model, loss_of_step, steps, lr, progress("pretraining", steps))
 
 
-def finetune(model, tokenizer, demonstrations, lines, batch_size=32, lr=3e-3):
+def finetune(model, tokenizer, demonstrations, lines, max_tokens, batch_size=32, lr=3e-3):
     """Supervised fine-tuning: cross-entropy on the answer's tokens; the question is read, not learned.
 
     To every four demonstrations comes one line of pretraining text, or the model would forget how to read it."""
-    rows = [(tokenizer.prompt(question), tokenizer.answer(answer)) for question, answer in demonstrations]
+    rows = [(tokenizer.prompt(question), tokenizer.answer(answer)[:max_tokens]) for question, answer in demonstrations]
     text = [([tokenizer.end], tokenizer.answer(line)) for line in lines]
     device = model.wte.weight.device
-    steps = len(rows) // batch_size
+    steps = math.ceil(len(rows) / batch_size)
 
     def loss_of_step(step):
         here, there = step * batch_size, (step + 1) * batch_size
@@ -342,14 +373,21 @@ class Stages:
     """Results of the stages before RL, in files named by a hash of all that determines them: settings, code, data,
     and the stages before."""
 
-    def __init__(self, folder, sources, settings):
-        self.folder = folder
-        self.key = hashlib.sha256(repr([p.read_bytes() for p in sources] + settings).encode()).hexdigest()
+    def __init__(self, folder, *sources):
+        self.folder, self.key = folder, ""
+        self.depend(*sources)
+
+    def depend(self, *sources):
+        """What follows depends on these: functions (on their code), files (on their content), settings."""
+        for source in sources:
+            if isinstance(source, Path):
+                source = source.read_bytes()
+            text = inspect.getsource(source) if callable(source) else repr(source)
+            self.key = hashlib.sha256((self.key + text).encode()).hexdigest()
 
     def run(self, name, make, *sources):
         """make() -> what torch.save can write; or what an equal stage made before."""
-        code = [inspect.getsource(f) for f in (make, *sources)]
-        self.key = hashlib.sha256((self.key + name + "".join(code)).encode()).hexdigest()
+        self.depend(name, make, *sources)
         path = self.folder / f"{name}-{self.key[:12]}.pt"
         if path.exists():
             print(f"{name:<13} reused from {path}")
@@ -364,56 +402,74 @@ class Stages:
             raise DataError(f"{path} is damaged ({type(e).__name__}): delete it, and the stage runs again") from None
 
 
-def prepare_chat(args):
-    """Tokenizer -> pretraining -> SFT -> pairs -> reward model. Returns Chat, SFT policy, held-out text, data key."""
-    world = World(args.seed)
-    tokenizer = load_tokenizer()
-    room = CONTEXT - MAX_NEW_TOKENS  # for a question between its two turn tokens; statements stand between two ends
-    for templates, limit in ((QUESTIONS, room - 2), (STATEMENTS, CONTEXT - 2), (RIGHT, MAX_NEW_TOKENS - 1)):
+def check_world(world, tokenizer, room, max_new_tokens):
+    """Raises DataError unless all that the world asks, states and answers fits into the model."""
+    for templates, limit in ((QUESTIONS, room), (STATEMENTS, CONTEXT - 2), (RIGHT, max_new_tokens - 1)):
         for text in (fill(t, f) for kind in KINDS for f in world.facts[kind] for t in templates[kind]):
             if len(tokenizer.encode(text)) > limit:
-                raise DataError(f"'{text}' has {len(tokenizer.encode(text))} tokens, too many for this model: "
-                                f"shorten its entry in {DATA}")
-    lines, held_out_lines = world.pretraining_text(30_000)
-    folder = args.out / "stages"
-    sources = [Path(__file__).parent / "gpt.py", *sorted(DATA.glob("*.txt")), DATA / "tokenizer.bpe", DATA / "world.py"]
-    settings = [args.seed, args.device, torch.__version__, CONTEXT, MAX_NEW_TOKENS, inspect.getsource(prepare_chat)]
-    stages = Stages(folder, sources, settings)
+                raise DataError(f"'{text}' has {len(tokenizer.encode(text))} tokens where there is room for {limit}: "
+                                f"shorten its entry in {DATA}, or change --max-new-tokens")
+
+
+def prepare_chat(args):
+    """Tokenizer -> pretraining -> SFT -> pairs -> reward model. Returns Chat, SFT policy, held-out text, data key."""
+    world, tokenizer = World(args.seed), load_tokenizer()
     torch.manual_seed(args.seed)
     model = GPT(GPTConfig(tokenizer.vocab_size, CONTEXT, n_layer=2)).to(args.device)
+    limit = args.max_new_tokens
+    room = model.config.n_positions - limit - 2  # for a question between its two turn tokens
+    check_world(world, tokenizer, room, limit)
+    pairs, demos, prompts = (read_own(Path(path), fields.split(), tokenizer, room, limit) if path else None
+                             for path, fields in ((args.pairs, "prompt chosen rejected"),
+                                                  (args.demos, "prompt response"), (args.prompts, "prompt")))
+    asked = Prompts([row["prompt"] for row in prompts], args.seed) if prompts else world
+    scorer = RewardModel(copy.deepcopy(model)) if args.reward == "model" else None
+    chat = Chat(asked, tokenizer, scorer, args)
+    lines, held_out_lines = world.pretraining_text(30_000)
+    stages = Stages(args.out / "stages", args.seed, args.device, torch.__version__, CONTEXT, limit, prepare_chat,
+                    Path(__file__).parent / "gpt.py", *(DATA / name for name in ("world.py", "tokenizer.bpe")),
+                    *sorted(DATA.glob("*.txt")))
 
     def make_pretrained():
         pretrain(model, tokenizer, lines, args.seed)
         return model.state_dict()
 
     def make_sft():
-        finetune(model, tokenizer, world.demonstrations(20_000), lines)
+        shown = [(row["prompt"], row["response"]) for row in demos] if demos else world.demonstrations(20_000)
+        finetune(model, tokenizer, shown, lines, limit)
         return model.state_dict()
 
     def make_reward():
-        pairs_file = folder / f"pairs-{args.seed}.jsonl"
-        write_beside(pairs_file, lambda temporary: write_jsonl(temporary, world.preference_pairs(16_000)))
-        pairs = read_jsonl(pairs_file, ["prompt", "chosen", "rejected"])
-        scorer = RewardModel(copy.deepcopy(model))
-        report = progress("reward model", len(pairs) // 32)
-        dropped = train_reward_model(scorer, pairs, tokenizer, MAX_NEW_TOKENS, report=report)
-        print(f"  {len(pairs)} pairs in {pairs_file}, {dropped} dropped: equal once they are cut")
-        accuracy = {split: pair_accuracy(scorer, world.preference_pairs(2000, split, errors=0.0, seed=1), tokenizer,
-                                         MAX_NEW_TOKENS) for split in ("train", "held_out")}
+        if pairs:
+            file, judged = args.pairs, [pair for i, pair in enumerate(pairs) if i % 10 < 9]
+            tests = {"train": judged[:2000], "held_out": pairs[9::10]}
+        else:
+            file = stages.folder / f"pairs-{args.seed}.jsonl"
+            write_beside(file, lambda temporary: write_jsonl(temporary, world.preference_pairs(16_000)))
+            judged = read_jsonl(file, ["prompt", "chosen", "rejected"])
+            tests = {split: world.preference_pairs(2000, split, errors=0.0, seed=1) for split in ("train", "held_out")}
+        scorer.gpt.load_state_dict(model.state_dict())
+        report = progress("reward model", math.ceil(len(judged) / 32))
+        dropped = train_reward_model(scorer, judged, tokenizer, limit, report=report)
+        print(f"  {len(judged)} pairs in {file}, {dropped} dropped: equal once they are cut")
+        if dropped == len(judged):
+            raise DataError(f"{file}: no pair is left to learn from")
+        accuracy = {split: pair_accuracy(scorer, rows, tokenizer, limit) for split, rows in tests.items()}
         return {"model": scorer.state_dict(), "accuracy": accuracy}
 
     model.load_state_dict(stages.run("pretraining", make_pretrained, pretrain))
-    model.load_state_dict(stages.run("sft", make_sft, finetune))
-    scorer = RewardModel(copy.deepcopy(model))
-    saved = stages.run("reward", make_reward, inspect.getmodule(RewardModel))
-    scorer.load_state_dict(saved["model"])
-    show_accuracy(saved["accuracy"])
-    chat = Chat(world, tokenizer, scorer.requires_grad_(False), args)
-    before, _ = chat.answer(model, world.questions(500, "train", "normalise"))
-    scorer.normalise(*question_and_answer(before))
+    model.load_state_dict(stages.run("sft", make_sft, finetune, demos))
+    if scorer:
+        saved = stages.run("reward", make_reward, Path(inspect.getfile(RewardModel)), pairs)
+        scorer.load_state_dict(saved["model"])
+        show_accuracy(saved["accuracy"])
+    before, _ = chat.answer(model, asked.questions(500, "train", "normalise"))  # also a first batch for own_reward
     chat.reseed(args.seed)
-    saved = {"config": vars(model.config), "model": scorer.state_dict()}
-    write_beside(args.out / "reward_model.pt", lambda path: torch.save(saved, path))
+    if scorer:
+        scorer.requires_grad_(False).normalise(*question_and_answer(before))
+        saved = {"config": vars(model.config), "model": scorer.state_dict()}
+        write_beside(args.out / "reward_model.pt", lambda path: torch.save(saved, path))
+    stages.depend(prompts, *([Path(args.reward.rpartition(":")[0])] if chat.own_reward else []))
     return chat, model, held_out_lines, stages.key
 
 
@@ -426,8 +482,9 @@ def show_accuracy(accuracy):
         shares = []
         for rows in (train, held_out):
             picked = [row for kind, row in rows.items() if kind.startswith(start)]
-            shares.append(sum(share * n for share, n in picked) / sum(n for _, n in picked))
-        print(f"  {name:<63}{shares[0]:>15.1%}{shares[1]:>17.1%}")
+            shares.append(sum(share * n for share, n in picked) / sum(n for _, n in picked) if picked else math.nan)
+        if not math.isnan(shares[0]):  # of one's own pairs the kind is not known
+            print(f"  {name:<63}{shares[0]:>15.1%}{shares[1]:>17.1%}")
 
 
 # ---------------------------------------------------------------------------------- what came of it
@@ -438,10 +495,12 @@ def evaluate(chat, policy, held_out_lines, n=300):
         chat.reseed(12345)  # the same questions and sampling noise for every policy, whatever was trained
         questions = chat.world.questions(n, split, "evaluation")
         answers = [a for i in range(0, n, 100) for a in chat.answer(policy, questions[i:i + 100])[1]]
+        result[split] = {"score": sum(a["score"] for a in answers) / n}
+        if not chat.world.fact_of:
+            continue  # own prompts: nobody knows the right answers
         kinds = [chat.world.fact_of[a["question"]].kind for a in answers]
         share = {kind: [a["verdict"] == "right" for a, k in zip(answers, kinds) if k == kind] for kind in KINDS}
-        result[split] = {"gold": sum(a["verdict"] == "right" for a in answers) / n,
-                         "score": sum(a["score"] for a in answers) / n}
+        result[split] |= {"gold": sum(a["verdict"] == "right" for a in answers) / n}
         result[split] |= {kind: sum(hits) / len(hits) for kind, hits in share.items()}
         result[split] |= {v: sum(a["verdict"] == v for a in answers) / n for v in VERDICTS}
     return result
@@ -453,24 +512,32 @@ def show_evaluation(before, after):
     print("                          SFT       RL           SFT       RL")
     rows = {"gold, all kinds": "gold"} | {f"gold, {kind}": kind for kind in KINDS}
     rows |= {f"answers {v}": v for v in VERDICTS[1:]}
+    if "gold" not in before["train"]:
+        rows = {"score": "score"}
     for name, key in rows.items():
-        cells = [f"{result[split][key]:8.1%}" for split in ("train", "held_out") for result in (before, after)]
+        cells = [f"{result[split][key]:8{'.2f' if key == 'score' else '.1%'}}"
+                 for split in ("train", "held_out") for result in (before, after)]
         print(f"{name:<22}{cells[0]} {cells[1]}      {cells[2]} {cells[3]}")
     print(f"loss on held-out text, nats a token: {before['text_loss']:.2f} before RL, {after['text_loss']:.2f} after")
 
 
-def samples(chat, before, after, n=8):
-    """n held-out questions answered by the SFT policy and by the trained one, with scores, as text."""
-    questions = chat.world.questions(n, "held_out", "samples")
-    chat.reseed(0)
-    old = chat.answer(before, questions)[1]
-    chat.reseed(0)
-    new = chat.answer(after, questions)[1]
+def both_answers(chat, before, after, questions):
+    """Each question with its answers by the SFT policy and by the trained one: [(question, {"SFT": .., "RL": ..})]."""
+    columns = []
+    for policy in (before, after):
+        chat.reseed(0)
+        columns.append(chat.answer(policy, questions)[1])
+    return [(a["question"], {"SFT": a, "RL": b}) for a, b in zip(*columns)]
+
+
+def side_by_side(pairs):
+    """What `both_answers` returned, with scores and verdicts, as text."""
     lines = []
-    for a, b in zip(old, new):
-        lines.append(a["question"])
-        for name, x in (("SFT", a), ("RL ", b)):
-            lines.append(f"  {name} {x['score']:6.2f}  {x['answer']}  [{x['verdict']}]")
+    for question, answers in pairs:
+        lines.append(question)
+        for name, x in answers.items():
+            verdict = f"  [{x['verdict']}]" if x["verdict"] else ""
+            lines.append(f"  {name:<3} {x['score']:6.2f}  {x['answer']}{verdict}")
     return "\n".join(lines) + "\n"
 
 
@@ -568,8 +635,10 @@ def run_rl(world, reference, args, folder, data=""):
 
 # --------------------------------------------------------------------------------- the command line
 PER_ENV = {  # flags whose default depends on the world
-    "language": {"gamma": 1.0, "steps": 60, "batch_size": 128, "lr": 3e-4, "beta": 0.1, "temperature": 0.7},
-    "gridworld": {"gamma": 0.99, "steps": 60, "batch_size": 64, "lr": 0.1, "beta": 0.1, "temperature": 1.0},
+    "language": {"gamma": 1.0, "steps": 60, "batch_size": 128, "lr": 3e-4, "beta": 0.1, "temperature": 0.7,
+                 "max_new_tokens": 24},
+    "gridworld": {"gamma": 0.99, "steps": 60, "batch_size": 64, "lr": 0.1, "beta": 0.1, "temperature": 1.0,
+                  "max_new_tokens": 1},
 }
 
 
@@ -580,14 +649,20 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
-def parse(argv):
-    """Flags, with what they leave open filled in from the algorithm's row and the world."""
+def flags():
+    """All flags, each declared once."""
     p = OneLineParser(description="Train a policy with reinforcement learning; see README.md.",
                       formatter_class=argparse.ArgumentDefaultsHelpFormatter, argument_default=argparse.SUPPRESS)
     p.add_argument("--algo", default="reinforce", choices=list(LADDER), help="row of the ladder")
     p.add_argument("--env", default="language", choices=list(PER_ENV), help="what to train on")
-    p.add_argument("--reward", default="model", choices=["model", "verifier"],
-                   help="who scores an answer: the learned reward model, or the exact judge")
+    p.add_argument("--reward", default="model", metavar="{model,verifier,FILE.py:FUNCTION}",
+                   help="who scores an answer: the learned reward model, the exact judge, or a function of yours, "
+                        "(prompts, responses) -> list of numbers")
+    g = p.add_argument_group("your own, in the place of the little world's")
+    g.add_argument("--pairs", metavar="FILE.jsonl", default=None, help="comparisons: prompt, chosen, rejected")
+    g.add_argument("--demos", metavar="FILE.jsonl", default=None, help="demonstrations for SFT: prompt, response")
+    g.add_argument("--prompts", metavar="FILE", default=None, help="prompts for RL: one on each line, or .jsonl")
+    g.add_argument("--max-new-tokens", type=int, help="longest answer, its end token included (default: 24)")
     g = p.add_argument_group("columns of the ladder (default: the algorithm's)")
     g.add_argument("--weight", choices=list(WEIGHTS), help="what multiplies each log-prob")
     g.add_argument("--loss", choices=list(LOSSES), help="policy loss")
@@ -613,13 +688,19 @@ def parse(argv):
     g.add_argument("--entropy-coef", type=float, default=0.0, help="c2, weight of the entropy bonus")
     g.add_argument("--temperature", type=float,
                    help="of the policy, sampling and scoring alike (default: language 0.7, grid 1)")
-    g.add_argument("--whiten", action="store_true", default=False, help="whiten the weights of each batch (not on the slides)")
+    g.add_argument("--whiten", action="store_true", default=False, help="whiten the weights (not on the slides)")
     g = p.add_argument_group("run")
     g.add_argument("--seed", type=int, default=0, help="of everything")
     g.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     g.add_argument("--out", type=Path, default=Path("out"), help="folder of all results")
     g.add_argument("--resume", action="store_true", default=False,
                    help="go on where an interrupted run with the same flags was")
+    return p
+
+
+def parse(argv):
+    """Flags, with what they leave open filled in from the algorithm's row and the world."""
+    p = flags()
     given = p.parse_args(argv)
     row = LADDER[given.algo]
     columns = row._asdict()
@@ -641,7 +722,7 @@ def parse(argv):
 
 def check(args):
     """What is wrong with the flags, in one line, or None."""
-    for flag in ("steps", "batch_size", "epochs", "minibatches", "group", "lr", "temperature"):
+    for flag in ("steps", "batch_size", "epochs", "minibatches", "group", "lr", "temperature", "max_new_tokens"):
         if not getattr(args, flag) > 0 or math.isinf(getattr(args, flag)):
             return f"--{flag.replace('_', '-')} must be a positive number, not {getattr(args, flag)}"
     for flag in ("beta", "clip", "vf_coef", "entropy_coef"):
@@ -663,8 +744,13 @@ def check(args):
             return f"--batch-size {args.batch_size} is not divisible by --{flag} {getattr(args, flag)}"
     if args.weight in ("rloo", "grpo") and args.group < 2:
         return f"--weight {args.weight} compares the answers to one prompt: --group must be at least 2"
-    if args.env == "gridworld" and args.reward == "verifier":
-        return "--reward verifier judges answers; the grid world has its own rewards"
+    own = [f"--{flag}" for flag in ("pairs", "demos", "prompts") if getattr(args, flag)]
+    if args.env == "gridworld" and (own or args.reward != "model"):
+        return f"{(own or ['--reward'])[0]} is for language; the grid world has its own rewards"
+    if args.reward == "verifier" and args.prompts:
+        return "--reward verifier: nobody knows the right answers to --prompts of your own"
+    if args.reward not in REWARDS and ".py:" not in args.reward:
+        return f"--reward must be {', '.join(REWARDS)} or FILE.py:FUNCTION, not {args.reward}"
     if args.device == "cuda" and not torch.cuda.is_available():
         return "--device cuda: no CUDA device here; use --device cpu"
     if args.device == "mps" and not torch.backends.mps.is_available():
@@ -688,7 +774,7 @@ def run(args):
         policy = run_rl(chat, sft, args, folder, data)
         before, after = (evaluate(chat, p, held_out_lines) for p in (sft, policy))
         show_evaluation(before, after)
-        text = samples(chat, sft, policy)
+        text = side_by_side(both_answers(chat, sft, policy, chat.world.questions(8, "held_out", "samples")))
         print(f"\nHeld-out questions, before and after:\n{text}")
         write_beside(folder / "samples.txt", lambda path: path.write_text(text))
         result = json.dumps({"sft": before, "rl": after}, indent=1)

@@ -15,6 +15,7 @@ import random
 import zlib
 from functools import cache
 from itertools import accumulate, product
+from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,14 +91,18 @@ def fill(template, fact, other=None):
     return text[:1].upper() + text[1:]
 
 
+def read_lines(path):
+    """The lines of a text file. Only a line feed ends one: str.splitlines also cuts at rare characters in a text."""
+    try:
+        return path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except (OSError, ValueError) as e:
+        raise DataError(f"{path}: cannot be read ({e})") from None
+
+
 def read_table(path, fields):
     """Lines 'a | b | ...' of a text file as tuples; raises DataError with file, line and field."""
     rows = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f"{path}: cannot be read ({e})") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip() or line.startswith("#"):
             continue
         row = [field.strip() for field in line.split("|")]
@@ -234,18 +239,78 @@ def write_jsonl(path, rows):
 
 
 def read_jsonl(path, fields):
-    """The objects of a JSONL file; raises DataError with file, line and field unless each field is a string."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    """The objects of a JSONL file; raises DataError with file, line and field unless each field is a string.
+
+    Where only prompts are asked for, a file of any other name has one on each line. A pair without a prompt may be
+    two transcripts in Anthropic's HH form, see `from_transcripts`."""
+    rows, plain = [], fields == ["prompt"] and path.suffix != ".jsonl"
+    for number, line in enumerate(read_lines(path), 1):
         try:
-            row = json.loads(line)
-        except ValueError:
-            raise DataError(f"{path}, line {number}: not a JSON object") from None
+            row = {"prompt": line} if plain else json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: not a JSON object")
+        if "chosen" in fields and "prompt" not in row:
+            row = from_transcripts(row)
         for field in fields:
-            if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field].strip():
+            text = row.get(field)
+            if not isinstance(text, str) or not text.strip():
                 raise DataError(f"{path}, line {number}: the field '{field}' is missing, empty or not a string")
+            if any(0xD800 <= ord(c) < 0xE000 for c in text):
+                raise DataError(f"{path}, line {number}: the field '{field}' has half a character (a lone surrogate)")
         rows.append(row)
     return rows
+
+
+def from_transcripts(row):
+    """Chosen and rejected as whole dialogues (Bai et al. 2022, HH): what both share, up to an answer, is the prompt.
+
+    A row that has no such form comes back as it is, without a prompt."""
+    both = [row.get(side) for side in ("chosen", "rejected")]
+    turn = "\n\nAssistant:"
+    end = commonprefix(both).rfind(turn) if all(isinstance(text, str) for text in both) else -1
+    if end < 0:
+        return row
+    chosen, rejected = (text[end + len(turn):].strip() for text in both)
+    prompt = both[0][:end].strip().removeprefix("Human:").strip()
+    return row | {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def read_own(path, fields, tokenizer, room, max_tokens):
+    """Rows of one's own file, with prompts that fit into `room` tokens: longer ones lose their beginning.
+
+    Prints how many these are, and how many answers are longer than max_tokens and will be cut. Raises DataError."""
+    rows = read_jsonl(path, fields)
+    cut = 0
+    for row in rows:
+        tokens = tokenizer.encode(row["prompt"])
+        if len(tokens) > room:
+            cut += 1
+            row["prompt"] = tokenizer.encoding.decode(tokens[-room:], errors="ignore").strip()
+            while len(tokenizer.encode(row["prompt"])) > room:  # half a word can have more tokens than in the whole
+                row["prompt"] = row["prompt"][1:]
+    long = sum(len(tokenizer.answer(row[field])) > max_tokens for row in rows for field in fields[1:])
+    print(f"{path}: {len(rows)} rows, {cut} prompts cut from the left to {room} tokens, "
+          f"{long} answers longer than {max_tokens} tokens and cut there")
+    return rows
+
+
+class Prompts:
+    """One's own prompts in the place of a World: a fifth is held out, and nobody here knows the answers."""
+    fact_of = {}
+
+    def __init__(self, prompts, seed):
+        unique = list(dict.fromkeys(prompts))
+        print(f"prompts: {len(unique)} different ones, a fifth of them held out" +
+              ("" if len(unique) > 4 else "; too few for that: the same ones train and evaluate"))
+        self.seed = seed
+        self.held_out = unique[4::5] or unique
+        self.train = [p for i, p in enumerate(unique) if i % 5 != 4]
+
+    def questions(self, n, split, seed):
+        """n prompts of the split ('train' or 'held_out')."""
+        return random.Random(f"{self.seed} questions {split} {seed}").choices(getattr(self, split), k=n)
 
 
 if __name__ == "__main__":
