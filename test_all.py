@@ -26,6 +26,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import pytest
+import tiktoken
 import torch
 from torch.testing import assert_close
 
@@ -1067,7 +1068,7 @@ def test_a_reward_of_your_own_scores_the_answers_and_needs_no_reward_model(untra
 def test_own_pairs_demonstrations_and_prompts_are_what_is_learned_from(untrained, tmp_path, monkeypatch, capsys):
     """--pairs, --demos, --prompts: each stage gets the rows of its file, cut to fit; gold is nan."""
     seen = {}
-    monkeypatch.setattr(train, "finetune", lambda model, tokenizer, demos, *a: seen.update(demos=demos))
+    monkeypatch.setattr(train, "finetune", lambda model, tokenizer, demos, *a, **k: seen.update(demos=demos))
     monkeypatch.setattr(train, "train_reward_model", lambda model, pairs, *a, **k: seen.update(pairs=pairs) or 0)
     for name, rows in (("pairs", [PAIR | {"prompt": f"{i}?"} for i in range(12)]),
                        ("demos", [{"prompt": "Say " + "very " * 90 + "long", "response": "yes " * 50}])):
@@ -1138,8 +1139,8 @@ def malformed(rng):
 def test_a_hundred_malformed_files_get_one_line_each(untrained, tmp_path, monkeypatch, capsys):
     """Bad input: data and rewards of one's own, broken at random: status 2, file, line and field, nothing written."""
     monkeypatch.setattr(train, "World", cache(World))
-    check_world = train.check_world
-    monkeypatch.setattr(train, "check_world", lambda *a: None)  # a second for each of a hundred
+    check = World.check
+    monkeypatch.setattr(World, "check", lambda *a: None)  # a second for each of a hundred
     rng = random.Random(0)
     cases = [malformed(rng) for _ in range(80)]
     cases += [(flag, content, ()) for flag in ("pairs", "demos", "prompts") for content in (b"\xff\xfe", b"", None)]
@@ -1156,8 +1157,105 @@ def test_a_hundred_malformed_files_get_one_line_each(untrained, tmp_path, monkey
         (tmp_path / "own.py").write_text(code + "\n")
         line = complaint(capsys, ["--reward", f"{tmp_path / 'own.py'}:f", "--out", str(tmp_path / "out")])
         assert "--reward" in line, (code, line)
-    monkeypatch.setattr(train, "check_world", check_world)
+    monkeypatch.setattr(World, "check", check)
     for flags in ("--reward mine", "--reward nowhere.py:f", "--reward verifier --prompts p",
                   "--env gridworld --pairs p", "--max-new-tokens 0", "--max-new-tokens 99"):
         complaint(capsys, [*flags.split(), "--out", str(tmp_path / "out")])
     assert not list((tmp_path / "out").glob("language-*"))
+
+
+# ----------------------------------------------------------------- one's own: GPT-2's weights (gpt.py, train.py)
+def conv1d(state):
+    """A GPT's state dict in Hugging Face's naming: linear layers transposed, with prefix, output and causal masks."""
+    turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    state = {f"transformer.{k}": v.T if k.endswith(turned) else v for k, v in state.items() if "_head" not in k}
+    words = state["transformer.wte.weight"][:WORDS]
+    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 32, 32) for i in (0, 1)}
+    return state | masks | {"transformer.wte.weight": words, "lm_head.weight": words}
+
+
+def test_weights_in_gpt_2s_naming_come_back_as_the_same_model():
+    """--init: there and back again; what the new tokens do to the logits is nothing, and they can be read."""
+    model = tiny_gpt()
+    for weights in (conv1d(model.state_dict()), {k.removeprefix("transformer."): v.half().float()
+                                                 for k, v in conv1d(model.state_dict()).items()}):
+        again = GPT.from_gpt2(weights, head_size=8)
+        tokens, mask = pad_rows(random_rows(3, 6, 2), "left", 7)
+        close(again.logits(again(tokens, mask))[mask], model.logits(model(tokens, mask))[mask], 1e-2)
+        assert again.logits(again(tokens)).shape[-1] == WORDS
+        assert torch.isfinite(again(torch.tensor([[WORDS, WORDS + 1, WORDS + 2]]))).all()
+    assert torch.equal(GPT.from_gpt2(conv1d(model.state_dict()), 8).wte.weight[:WORDS], model.wte.weight[:WORDS])
+
+
+def test_what_is_no_gpt_2_is_refused():
+    """--init: a missing tensor, one of another shape, an output of its own."""
+    good = conv1d(tiny_gpt().state_dict())
+    for broken, complaint in (({"lm_head.weight": good["lm_head.weight"] + 1}, "not tied"),
+                              ({"transformer.h.1.mlp.c_fc.weight": torch.zeros(64, 16)}, "h.1.mlp.c_fc.weight"),
+                              ({"transformer.ln_f.bias": torch.zeros(1)}, "ln_f.bias")):
+        with pytest.raises((ValueError, RuntimeError), match=complaint):
+            GPT.from_gpt2(good | broken, head_size=8)
+    for name in ("wte.weight", "wpe.weight", "ln_f.weight", "h.0.attn.c_proj.bias"):
+        with pytest.raises(KeyError, match=name):
+            GPT.from_gpt2({k: v for k, v in good.items() if k not in ("lm_head.weight", f"transformer.{name}")}, 8)
+
+
+def test_logits_are_those_of_the_reference_implementation_left_padded_too():
+    """--init: random weights in transformers' GPT-2, read by both: every logit within 1e-4."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers, to compare with it")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=97, n_positions=40, n_embd=128, n_layer=3, n_head=2)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    for p in theirs.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    ours = GPT.from_gpt2(theirs.state_dict())
+    tokens = torch.randint(97, (3, 12))
+    for lengths in ((12, 12, 12), (5, 12, 1)):
+        mask = torch.arange(12) >= 12 - torch.tensor(lengths)[:, None]
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            a = ours.logits(ours(tokens, mask))[mask]
+            b = theirs(tokens, attention_mask=mask.long(), position_ids=positions).logits[mask]
+        print(f"largest difference {(a - b).abs().max():.1e} of logits up to {b.abs().max():.1f}")
+        close(a, b, 1e-4)
+
+
+def test_training_begins_with_the_weights_of_a_file(untrained, tmp_path, monkeypatch, capsys):
+    """--init FILE: no pretraining, GPT-2's tokens; files that are none, and no network, get one line."""
+    ranks = load_tokenizer().encoding._mergeable_ranks
+    fake = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: fake)
+    monkeypatch.setattr(World, "check", lambda *a: None)
+    torch.manual_seed(0)
+    start = GPT(GPTConfig(len(ranks) + 1, 256, n_layer=1, n_head=1, n_embd=64))
+    state = {k: v.T if re.search("c_(attn|proj|fc).weight", k) else v for k, v in start.state_dict().items()}
+    state["wte.weight"] = state["wte.weight"][:-1]
+    torch.save(state, tmp_path / "small.bin")
+    flags = [*FLAGS["language"].split(), "--steps", "1", "--init", str(tmp_path / "small.bin"), "--out", str(tmp_path)]
+    assert train.main([*flags, "--max-new-tokens", "9"]) == 0
+    assert not list((tmp_path / "stages").glob("pretraining*"))
+    saved = torch.load(tmp_path / "language-ppo-adaptive-kl-0" / "policy.pt", weights_only=True)
+    close(saved["h.0.attn.c_attn.weight"], start.h[0].attn.c_attn.weight, 5e-3)  # a step of 1e-3 away
+    torch.save(state | {"wte.weight": state["wte.weight"][1:]}, tmp_path / "small.bin")
+    assert "tokens" in complaint(capsys, flags)
+    for content in (b"", b"PK", (tmp_path / "small.bin").read_bytes()[:-99]):
+        (tmp_path / "small.bin").write_bytes(content)
+        assert "no GPT-2" in complaint(capsys, flags)
+    assert "neither a file" in complaint(capsys, ["--init", "gpt5"])
+
+    def no_network(*args, **kwargs):
+        raise OSError("unreachable")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
+    assert "pytorch_model.bin" in complaint(capsys, ["--init", "gpt2-medium", "--out", str(tmp_path)])
+
+
+def test_gpt_2s_turn_tokens_and_pad_stand_behind_its_vocabulary(monkeypatch):
+    """--init: 0..255 stand for GPT-2's tokens here, 256 for its end of text, and nothing else can be said."""
+    ranks = BYTES.encoding._mergeable_ranks
+    fake = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: fake)
+    tokenizer = Tokenizer.gpt2()
+    assert (tokenizer.end, tokenizer.pad, tokenizer.vocab_size) == (256, 257, 257)
+    assert sorted((tokenizer.user, tokenizer.assistant)) == [258, 259]
+    assert tokenizer.decode(tokenizer.answer("e\u0301 <|end|>")) == "e\u0301 <|end|>"

@@ -23,7 +23,6 @@ import hashlib
 import inspect
 import json
 import math
-import runpy
 import shlex
 import sys
 import tempfile
@@ -33,8 +32,8 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from data.world import (KINDS, QUESTIONS, RIGHT, STATEMENTS, VERDICTS, DataError, Prompts, World, fill, read_jsonl,
-                        read_own, write_jsonl)
+from data.world import (KINDS, VERDICTS, DataError, Prompts, World, comparisons, own_reward, read_own, write_beside,
+                        write_jsonl)
 from gae import discounted_return, gae, grpo_advantage, reward_to_go, rloo_advantage
 from gpt import GPT, GPTConfig, Tokenizer, fit, generate, language_model_loss, train_tokenizer
 from gridworld import GridWorld
@@ -204,29 +203,6 @@ def question_and_answer(batch):
     return torch.cat((batch["prompt"], batch["actions"]), 1), torch.cat((batch["prompt_mask"], batch["mask"]), 1)
 
 
-def own_reward(name):
-    """`name` FILE.py:FUNCTION -> score(prompts, responses), which returns a number for each response.
-
-    Raises DataError when there is no such function, and `score` when what it returns is anything else."""
-    path, _, function = name.rpartition(":")
-    try:
-        given = runpy.run_path(path)[function]
-    except Exception as e:
-        raise DataError(f"--reward {name}: no such function ({type(e).__name__}: {e})") from None
-
-    def score(prompts, responses):
-        try:
-            scores = [float(x) for x in given(list(prompts), list(responses))]
-        except Exception as e:
-            raise DataError(f"--reward {name} failed ({type(e).__name__}: {e}): it is given two lists of texts, "
-                            f"prompts and responses, and returns a list of numbers") from None
-        if len(scores) != len(responses) or not all(map(math.isfinite, scores)):
-            raise DataError(f"--reward {name} must return a finite number for each of {len(responses)} responses, "
-                            f"not {len(scores)} numbers like {scores[:3]}")
-        return scores
-    return score
-
-
 class Chat:
     """Questions in, sampled answers out, one score at the end of each: the slide "RL Setting for LLMs"."""
 
@@ -321,6 +297,34 @@ def load_tokenizer():
         raise DataError(f"{path} is damaged ({e}): delete it, and it is trained again") from None
 
 
+GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
+GPT2_URL = "https://huggingface.co/{name}/resolve/main/pytorch_model.bin"
+
+
+def load_start(init):
+    """Tokenizer and model of a GPT-2 by its name, fetched and cached, or from a file; None: ours. Raises DataError."""
+    if not init:
+        tokenizer = load_tokenizer()
+        return tokenizer, GPT(GPTConfig(tokenizer.vocab_size, CONTEXT, n_layer=2))
+    try:
+        if Path(init).is_file():
+            weights = torch.load(init, map_location="cpu", weights_only=True)
+        else:
+            url, name = GPT2_URL.format(name=init), f"{init}-pytorch_model.bin"
+            weights = torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=name, weights_only=True)
+        tokenizer = Tokenizer.gpt2()
+        model = GPT.from_gpt2(weights)
+    except OSError as e:
+        raise DataError(f"--init {init}: nothing can be fetched here ({type(e).__name__}). Where there is a network, "
+                        f"fetch {GPT2_URL.format(name='gpt2')} and give its path to --init; tiktoken looks for "
+                        f"its gpt2 encoding in the folder that TIKTOKEN_CACHE_DIR names") from None
+    except Exception as e:
+        raise DataError(f"--init {init}: no GPT-2 in Hugging Face's naming ({type(e).__name__}: {e})") from None
+    if model.config.vocab_size != tokenizer.vocab_size:
+        raise DataError(f"--init {init}: it has {model.config.vocab_size} tokens, GPT-2 {tokenizer.vocab_size}")
+    return tokenizer, model
+
+
 def pretrain(model, tokenizer, lines, seed, steps=800, batch_size=16, lr=4e-3):
     """Slide "RL for LLMs": cross-entropy on every token of the text, cut into windows anywhere."""
     stream = torch.tensor([t for line in lines for t in tokenizer.encode(line) + [tokenizer.end]])  # (N,)
@@ -361,14 +365,6 @@ def text_loss(model, tokenizer, lines):
     return language_model_loss(model, *tokenizer.pad_rows(rows, "right", model.wte.weight.device)).item()
 
 
-def write_beside(path, write):
-    """Write a file beside its place and rename it, so that nobody ever finds half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    write(temporary)
-    os.replace(temporary, path)
-
-
 class Stages:
     """Results of the stages before RL, in files named by a hash of all that determines them: settings, code, data,
     and the stages before."""
@@ -402,23 +398,16 @@ class Stages:
             raise DataError(f"{path} is damaged ({type(e).__name__}): delete it, and the stage runs again") from None
 
 
-def check_world(world, tokenizer, room, max_new_tokens):
-    """Raises DataError unless all that the world asks, states and answers fits into the model."""
-    for templates, limit in ((QUESTIONS, room), (STATEMENTS, CONTEXT - 2), (RIGHT, max_new_tokens - 1)):
-        for text in (fill(t, f) for kind in KINDS for f in world.facts[kind] for t in templates[kind]):
-            if len(tokenizer.encode(text)) > limit:
-                raise DataError(f"'{text}' has {len(tokenizer.encode(text))} tokens where there is room for {limit}: "
-                                f"shorten its entry in {DATA}, or change --max-new-tokens")
-
-
 def prepare_chat(args):
     """Tokenizer -> pretraining -> SFT -> pairs -> reward model. Returns Chat, SFT policy, held-out text, data key."""
-    world, tokenizer = World(args.seed), load_tokenizer()
+    world = World(args.seed)
     torch.manual_seed(args.seed)
-    model = GPT(GPTConfig(tokenizer.vocab_size, CONTEXT, n_layer=2)).to(args.device)
+    tokenizer, model = load_start(args.init)
+    model.to(args.device)
+    pace = 0.02 if args.init else 1.0  # what has learned a lot moves in small steps
     limit = args.max_new_tokens
     room = model.config.n_positions - limit - 2  # for a question between its two turn tokens
-    check_world(world, tokenizer, room, limit)
+    world.check(tokenizer, room, CONTEXT - 2, limit - 1)
     pairs, demos, prompts = (read_own(Path(path), fields.split(), tokenizer, room, limit) if path else None
                              for path, fields in ((args.pairs, "prompt chosen rejected"),
                                                   (args.demos, "prompt response"), (args.prompts, "prompt")))
@@ -436,34 +425,31 @@ def prepare_chat(args):
 
     def make_sft():
         shown = [(row["prompt"], row["response"]) for row in demos] if demos else world.demonstrations(20_000)
-        finetune(model, tokenizer, shown, lines, limit)
+        finetune(model, tokenizer, shown, lines, limit, lr=3e-3 * pace)
         return model.state_dict()
 
     def make_reward():
-        if pairs:
-            file, judged = args.pairs, [pair for i, pair in enumerate(pairs) if i % 10 < 9]
-            tests = {"train": judged[:2000], "held_out": pairs[9::10]}
-        else:
-            file = stages.folder / f"pairs-{args.seed}.jsonl"
-            write_beside(file, lambda temporary: write_jsonl(temporary, world.preference_pairs(16_000)))
-            judged = read_jsonl(file, ["prompt", "chosen", "rejected"])
-            tests = {split: world.preference_pairs(2000, split, errors=0.0, seed=1) for split in ("train", "held_out")}
+        judged, tests = comparisons(world, pairs, stages.folder / f"pairs-{args.seed}.jsonl")
         scorer.gpt.load_state_dict(model.state_dict())
         report = progress("reward model", math.ceil(len(judged) / 32))
-        dropped = train_reward_model(scorer, judged, tokenizer, limit, report=report)
-        print(f"  {len(judged)} pairs in {file}, {dropped} dropped: equal once they are cut")
+        dropped = train_reward_model(scorer, judged, tokenizer, limit, lr=7e-4 * pace, report=report)
+        print(f"  {len(judged)} pairs, {dropped} dropped: equal once they are cut")
         if dropped == len(judged):
-            raise DataError(f"{file}: no pair is left to learn from")
+            raise DataError(f"{args.pairs}: no pair is left to learn from")
         accuracy = {split: pair_accuracy(scorer, rows, tokenizer, limit) for split, rows in tests.items()}
         return {"model": scorer.state_dict(), "accuracy": accuracy}
 
-    model.load_state_dict(stages.run("pretraining", make_pretrained, pretrain))
+    if args.init:
+        stages.depend(Path(args.init) if Path(args.init).is_file() else args.init)
+    else:
+        model.load_state_dict(stages.run("pretraining", make_pretrained, pretrain))
     model.load_state_dict(stages.run("sft", make_sft, finetune, demos))
     if scorer:
         saved = stages.run("reward", make_reward, Path(inspect.getfile(RewardModel)), pairs)
         scorer.load_state_dict(saved["model"])
         show_accuracy(saved["accuracy"])
-    before, _ = chat.answer(model, asked.questions(500, "train", "normalise"))  # also a first batch for own_reward
+    n = args.batch_size if args.init else 500  # what fits into memory
+    before, _ = chat.answer(model, asked.questions(n, "train", "normalise"))  # also a first batch for own_reward
     chat.reseed(args.seed)
     if scorer:
         scorer.requires_grad_(False).normalise(*question_and_answer(before))
@@ -659,10 +645,12 @@ def flags():
                    help="who scores an answer: the learned reward model, the exact judge, or a function of yours, "
                         "(prompts, responses) -> list of numbers")
     g = p.add_argument_group("your own, in the place of the little world's")
+    g.add_argument("--init", metavar="NAME|FILE", default=None,
+                   help=f"begin with GPT-2 instead of pretraining: {', '.join(GPT2)}, or a state dict (.bin, .pt)")
     g.add_argument("--pairs", metavar="FILE.jsonl", default=None, help="comparisons: prompt, chosen, rejected")
     g.add_argument("--demos", metavar="FILE.jsonl", default=None, help="demonstrations for SFT: prompt, response")
     g.add_argument("--prompts", metavar="FILE", default=None, help="prompts for RL: one on each line, or .jsonl")
-    g.add_argument("--max-new-tokens", type=int, help="longest answer, its end token included (default: 24)")
+    g.add_argument("--max-new-tokens", type=int, help="longest answer, its end included (default: 24, with --init 64)")
     g = p.add_argument_group("columns of the ladder (default: the algorithm's)")
     g.add_argument("--weight", choices=list(WEIGHTS), help="what multiplies each log-prob")
     g.add_argument("--loss", choices=list(LOSSES), help="policy loss")
@@ -712,6 +700,9 @@ def parse(argv):
         args.minibatches = 1 if args.epochs == 1 else 2
     if args.env == "language" and "lr" not in given and args.epochs > 1:
         args.lr /= 3  # many steps on one batch: smaller ones
+    if args.init:
+        args.max_new_tokens = getattr(given, "max_new_tokens", 64)
+        args.lr = getattr(given, "lr", args.lr / 50)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     problem = check(args)
@@ -744,9 +735,11 @@ def check(args):
             return f"--batch-size {args.batch_size} is not divisible by --{flag} {getattr(args, flag)}"
     if args.weight in ("rloo", "grpo") and args.group < 2:
         return f"--weight {args.weight} compares the answers to one prompt: --group must be at least 2"
-    own = [f"--{flag}" for flag in ("pairs", "demos", "prompts") if getattr(args, flag)]
+    own = [f"--{flag}" for flag in ("init", "pairs", "demos", "prompts") if getattr(args, flag)]
     if args.env == "gridworld" and (own or args.reward != "model"):
         return f"{(own or ['--reward'])[0]} is for language; the grid world has its own rewards"
+    if args.init and args.init not in GPT2 and not Path(args.init).is_file():
+        return f"--init {args.init}: neither a file nor one of {', '.join(GPT2)}"
     if args.reward == "verifier" and args.prompts:
         return "--reward verifier: nobody knows the right answers to --prompts of your own"
     if args.reward not in REWARDS and ".py:" not in args.reward:

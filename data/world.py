@@ -11,7 +11,10 @@ Everything is drawn from `random.Random(seed)`: the same seed, the same world.
 Run `python -m data.world`: a few lines of each kind of text.
 """
 import json
+import math
+import os
 import random
+import runpy
 import zlib
 from functools import cache
 from itertools import accumulate, product
@@ -139,6 +142,14 @@ class World:
             self.train[kind] = [f for f in facts if not unseen & {group(name) for name in (f.name, *steps(f.name))}]
         self.fact_of = {fill(q, f): f for kind in KINDS for f in self.facts[kind] for q in QUESTIONS[kind]}
 
+    def check(self, tokenizer, question, statement, answer):
+        """Raises DataError unless all questions, statements and answers have at most these numbers of tokens."""
+        for templates, limit in ((QUESTIONS, question), (STATEMENTS, statement), (RIGHT, answer)):
+            for text in (fill(t, f) for kind in KINDS for f in self.facts[kind] for t in templates[kind]):
+                if len(tokenizer.encode(text)) > limit:
+                    raise DataError(f"'{text}' has {len(tokenizer.encode(text))} tokens where there is room for "
+                                    f"{limit}: shorten its entry, or change --max-new-tokens")
+
     # ------------------------------------------------------------------ what people write
     def write(self, rng, fact, verdict, facts):
         """An answer to a question about the fact that deserves the verdict.
@@ -233,6 +244,14 @@ class World:
         return {answer.rstrip("."): verdict for answer, verdict in said.items()}
 
 
+def write_beside(path, write):
+    """Write a file beside its place and rename it, so that nobody ever finds half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    write(temporary)
+    os.replace(temporary, path)
+
+
 def write_jsonl(path, rows):
     """One JSON object a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -311,6 +330,40 @@ class Prompts:
     def questions(self, n, split, seed):
         """n prompts of the split ('train' or 'held_out')."""
         return random.Random(f"{self.seed} questions {split} {seed}").choices(getattr(self, split), k=n)
+
+
+def comparisons(world, own, path):
+    """Pairs to learn from and pairs to test on {"train": .., "held_out": ..}: the world's, or nine tenths and a tenth
+    of one's own. The world's labeller writes his judgements to `path`, from where they are read again."""
+    if own:
+        learned = [pair for i, pair in enumerate(own) if i % 10 < 9]
+        return learned, {"train": learned[:2000], "held_out": own[9::10]}
+    write_beside(path, lambda temporary: write_jsonl(temporary, world.preference_pairs(16_000)))
+    tests = {split: world.preference_pairs(2000, split, errors=0.0, seed=1) for split in ("train", "held_out")}
+    return read_jsonl(path, ["prompt", "chosen", "rejected"]), tests
+
+
+def own_reward(name):
+    """`name` FILE.py:FUNCTION -> score(prompts, responses), which returns a number for each response.
+
+    Raises DataError when there is no such function, and `score` when what it returns is anything else."""
+    path, _, function = name.rpartition(":")
+    try:
+        given = runpy.run_path(path)[function]
+    except Exception as e:
+        raise DataError(f"--reward {name}: no such function ({type(e).__name__}: {e})") from None
+
+    def score(prompts, responses):
+        try:
+            scores = [float(x) for x in given(list(prompts), list(responses))]
+        except Exception as e:
+            raise DataError(f"--reward {name} failed ({type(e).__name__}: {e}): it is given two lists of texts, "
+                            f"prompts and responses, and returns a list of numbers") from None
+        if len(scores) != len(responses) or not all(map(math.isfinite, scores)):
+            raise DataError(f"--reward {name} must return a finite number for each of {len(responses)} responses, "
+                            f"not {len(scores)} numbers like {scores[:3]}")
+        return scores
+    return score
 
 
 if __name__ == "__main__":
