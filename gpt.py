@@ -31,6 +31,7 @@ class GPTConfig:
     n_head: int = 4        # H
     n_embd: int = 128      # C
     read_only: int = 1     # tokens behind the vocabulary that are read and never predicted: the pad, GPT-2's turns
+    bf16: bool = False     # compute the body in bfloat16, with weights, heads and normalisation in float32
 
 
 class Attention(nn.Module):
@@ -144,8 +145,9 @@ class GPT(nn.Module):
             visible = (column <= row) & mask.bool()[:, None]                      # (B, T, start + T)
             visible = (visible | (column == row))[:, None]  # a pad sees itself: a softmax over nothing can be NaN
         x = self.wte(tokens) + self.wpe(positions)                                # (B, T, C)
-        for i, block in enumerate(self.h):
-            x = block(x, visible, None if cache is None else cache[i], start)     # (B, T, C)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.bf16):
+            for i, block in enumerate(self.h):
+                x = block(x, visible, None if cache is None else cache[i], start)  # (B, T, C)
         return self.ln_f(x)                                                       # (B, T, C)
 
     def logits(self, h):
@@ -163,7 +165,8 @@ class GPT(nn.Module):
     def new_cache(self, B, T):
         """Empty keys and values, (n_layer, 2, B, H, T, D): allocated once, filled as tokens are read."""
         c = self.config
-        return self.wte.weight.new_zeros(c.n_layer, 2, B, c.n_head, T, c.n_embd // c.n_head)
+        dtype = torch.bfloat16 if c.bf16 else None
+        return self.wte.weight.new_zeros(c.n_layer, 2, B, c.n_head, T, c.n_embd // c.n_head, dtype=dtype)
 
 
 # ---------------------------------------------------------------------------------------- sampling

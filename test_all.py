@@ -30,6 +30,7 @@ import tiktoken
 import torch
 from torch.testing import assert_close
 
+import reward
 import train
 from data.world import KINDS, VERDICTS, DataError, Prompts, World, read_jsonl, read_own
 from gae import discounted_return, gae, grpo_advantage, n_step_advantage, reward_to_go, rloo_advantage, td_error
@@ -792,7 +793,8 @@ def test_the_language_loop_runs_the_ratio_starts_at_1_and_a_seed_fixes_the_run(t
         assert train.main(flags) == 0
         rows = list(csv.DictReader(open(folder / "metrics.csv")))
         metrics.append([{k: v for k, v in row.items() if k != "seconds"} for row in rows])
-    files = {"metrics.csv", "config.json", "checkpoint.pt", "policy.pt", "samples.txt", "evaluation.json"}
+    files = {"metrics.csv", "config.json", "checkpoint.pt", "policy.pt", "samples.txt", "answers.jsonl",
+             "evaluation.json"}
     assert {p.name for p in folder.iterdir()} == files
     printed = capsys.readouterr().out
     assert printed.count(" made in ") == printed.count(" reused from ") == 3
@@ -899,9 +901,9 @@ def untrained(monkeypatch):
     monkeypatch.setattr(train, "pair_accuracy", lambda *a: {f"right > wrong, {kind}": (0.5, 1) for kind in KINDS})
     monkeypatch.setattr(train, "evaluate", lambda *a: {})
     monkeypatch.setattr(train, "show_evaluation", lambda *a: None)
-    text, questions = World.pretraining_text, World.questions
-    monkeypatch.setattr(World, "pretraining_text", lambda self, n: text(self, min(n, 300)))
-    monkeypatch.setattr(World, "questions", lambda self, n, *a: questions(self, min(n, 32), *a))
+    for name, most in (("pretraining_text", 300), ("demonstrations", 8), ("preference_pairs", 64), ("questions", 8)):
+        full = getattr(World, name)
+        monkeypatch.setattr(World, name, lambda self, n, *a, full=full, most=most, **k: full(self, min(n, most), *a, **k))
 
 
 def spoil(monkeypatch, place, name, strike):
@@ -1259,3 +1261,127 @@ def test_gpt_2s_turn_tokens_and_pad_stand_behind_its_vocabulary(monkeypatch):
     assert (tokenizer.end, tokenizer.pad, tokenizer.vocab_size) == (256, 257, 257)
     assert sorted((tokenizer.user, tokenizer.assistant)) == [258, 259]
     assert tokenizer.decode(tokenizer.answer("e\u0301 <|end|>")) == "e\u0301 <|end|>"
+
+
+# ---------------------------------------------------- one's own: judgement (reward.py --label, train.py --ask)
+def test_a_label_is_on_the_disk_before_the_next_question(tmp_path, monkeypatch):
+    """--label: each key does what it says, undo takes back the last, ties stand both ways, nothing is asked twice."""
+    answers, path = tmp_path / "answers.jsonl", tmp_path / "mine.jsonl"
+    rows = [{"prompt": f"{i}", "answers": ["good\u2028", "bad"]} for i in range(6)]
+    rows += [rows[0], {"prompt": "same", "answers": ["x", "x"]}]
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = iter(["good", "bad", "?", "u", "u", "good", "t", "u", "t", "s", "", "good"])
+    on_disk = []
+
+    def person(text):
+        on_disk.append(path.read_text().count("\n") if path.exists() else 0)
+        key = next(keys, "q")
+        return key if key not in ("good", "bad") else "left" if f"left:  {key}" in text else "R"
+
+    monkeypatch.setattr("builtins.input", person)
+    assert reward.main(["--label", str(path), str(answers)]) == 0
+    assert on_disk == [0, 1, 2, 2, 1, 0, 1, 3, 1, 3, 3, 3, 4]
+    pairs = [(row["prompt"], row["chosen"]) for row in read_jsonl(path, ["prompt", "chosen", "rejected"])]
+    assert pairs[0] == ("0", "good\u2028") and sorted(pairs[1:3]) == [("1", "bad"), ("1", "good\u2028")]
+    assert pairs[3:] == [("3", "good\u2028")]
+    keys, on_disk = iter("lll"), []
+    assert reward.main(["--label", str(path), str(answers)]) == 0
+    assert on_disk == [4, 5, 6] and read_jsonl(path, ["prompt"])[-3]["prompt"] == "2"  # the one that was skipped
+
+
+def test_left_and_right_are_drawn_by_lot(tmp_path, monkeypatch):
+    """--label: where an answer stands says nothing about where it came from."""
+    rows = [json.dumps({"prompt": f"{i}", "answers": ["a", "b"]}) + "\n" for i in range(99)]
+    (tmp_path / "a.jsonl").write_text("".join(rows))
+    lefts = []
+    monkeypatch.setattr("builtins.input", lambda text: lefts.append("left:  a" in text) or "s")
+    reward.main(["--label", str(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl")])
+    assert 25 < sum(lefts) < 74 and len(lefts) == 99
+
+
+def test_a_file_of_labels_that_is_damaged_is_not_appended_to(tmp_path, capsys):
+    """--label: status 2, one line, the file as it was."""
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "answers": ["a", "b"]}\n')
+    for content in ('{"prompt": "p", "cho', "[1]\n", "7\n", '{"prompt": "p"}\n'):
+        for mine, theirs in (("m", "a"), ("a", "m")):
+            (tmp_path / "m.jsonl").write_text(content)
+            assert reward.main(["--label", str(tmp_path / f"{mine}.jsonl"), str(tmp_path / f"{theirs}.jsonl")]) == 2
+            assert len(capsys.readouterr().err.strip().splitlines()) == 1
+            assert (tmp_path / "m.jsonl").read_text() == content
+
+
+def test_ask_shows_both_policies_answers_and_trains_nothing(untrained, tmp_path, monkeypatch, capsys):
+    """--ask: one question on the command line, or one after the other; before there is a policy, one line."""
+    flags = [*FLAGS["language"].split(), "--steps", "1", "--out", str(tmp_path)]
+    assert "policy.pt" in complaint(capsys, [*flags, "--ask", "Where is Shanghai?"])
+    assert train.main(flags) == 0
+    folder = tmp_path / "language-ppo-adaptive-kl-0"
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert len(read_jsonl(folder / "answers.jsonl", ["prompt"])) == 8
+    capsys.readouterr()
+    assert train.main([*flags, "--ask", "Where is Shanghai?"]) == 0
+    assert re.search(r"Where is Shanghai\?\n  SFT .*\n  RL  ", capsys.readouterr().out)
+    questions = iter(["a " * 99, "Who are you?", ""])
+    monkeypatch.setattr("builtins.input", lambda text: next(questions))
+    assert train.main([*flags, "--ask"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("  SFT ") == printed.count("  RL  ") == 2 and "beginning was cut" in printed
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
+    assert "--ask" in complaint(capsys, ["--env", "gridworld", "--ask", "x", "--out", str(tmp_path)])
+    (folder / "policy.pt").write_bytes(b"x")
+    assert "no policy" in complaint(capsys, [*flags, "--ask", "x"])
+
+
+# --------------------------------------------------------------------- one's own: memory (train.py, gpt.py)
+@pytest.mark.parametrize("over", ["trajectory", "token", "answer"])
+def test_gradients_of_micro_batches_add_up_to_those_of_the_whole(over, monkeypatch):
+    """--micro-batch-size: divided by the global count, whatever is averaged over, with answers of different length."""
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: torch.zeros(()))
+    world, gradients = GridWorld(limit=9), []
+    for few in (8, 3, 1):
+        flags = f"--env gridworld --algo ppo --kl full --average {over} --steps 1 --epochs 1 --entropy-coef 0.1"
+        args = train.parse([*flags.split(), "--batch-size", "8", "--micro-batch-size", str(few)])
+        policy = world.new_policy()
+        torch.manual_seed(0)
+        for p in policy.parameters():
+            p.data = torch.randn(p.shape)
+        world.generator.manual_seed(0)
+        train.reinforce(world, policy, args, lambda step, metrics: None)
+        gradients.append([p.grad for p in policy.parameters()])
+    for pieces in gradients[1:]:
+        for whole, summed in zip(gradients[0], pieces):
+            assert whole.abs().max() > 0.01
+            close(summed, whole, 1e-5)
+
+
+def test_the_largest_tensor_is_that_of_a_micro_batch(untrained, tmp_path, monkeypatch):
+    """--micro-batch-size: no logits of more rows than it says, before, in and after the updates; the same run."""
+    rows, logits = [], GPT.logits
+    monkeypatch.setattr(GPT, "logits", lambda self, h: rows.append(len(h) if h.dim() == 3 else 0) or logits(self, h))
+    ends = []
+    for few in ([], ["--micro-batch-size", "1"]):
+        flags = [*FLAGS["language"].split(), *few, "--steps", "2", "--average", "token", "--kl", "full"]
+        rows.clear()
+        assert train.main([*flags, "--out", str(tmp_path)]) == 0
+        ends.append(torch.load(tmp_path / "language-ppo-adaptive-kl-0" / "policy.pt", weights_only=True))
+    assert max(rows) == 1
+    for name, w in ends[0].items():
+        close(w, ends[1][name], 1e-4)
+
+
+def test_in_bfloat16_the_model_says_nearly_the_same_and_its_outputs_are_float32():
+    """bf16: only the body computes in it; reading with a cache still is reading at once; gradients flow."""
+    model = tiny_gpt(noise=0.1)
+    tokens, mask = pad_rows(random_rows(6, 9, 7), "left", 9)
+    exact = model.logits(model(tokens, mask))[mask]
+    model.config.bf16 = True
+    h = model(tokens, mask)
+    assert h.dtype == model.value(h).dtype == torch.float32
+    assert 0 < (model.logits(h)[mask] - exact).abs().max() < 0.05
+    cache = model.new_cache(3, 12)
+    assert cache.dtype == torch.bfloat16
+    parts = [model(tokens[:, a:b], mask[:, :b], cache, start=a) for a, b in ((0, 5), (5, 9))]
+    close(torch.cat(parts, 1)[mask], h[mask], 0.05)
+    model.requires_grad_()
+    language_model_loss(model, tokens, mask).backward()
+    assert all(torch.isfinite(p.grad).all() for name, p in model.named_parameters() if "_head" not in name)

@@ -32,8 +32,8 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from data.world import (KINDS, VERDICTS, DataError, Prompts, World, comparisons, own_reward, read_own, write_beside,
-                        write_jsonl)
+from data.world import (KINDS, VERDICTS, DataError, Prompts, World, comparisons, last_tokens, own_reward, read_own,
+                        write_beside, write_jsonl)
 from gae import discounted_return, gae, grpo_advantage, reward_to_go, rloo_advantage
 from gpt import GPT, GPTConfig, Tokenizer, fit, generate, language_model_loss, train_tokenizer
 from gridworld import GridWorld
@@ -137,6 +137,18 @@ def total_loss(world, policy, part, state, args):
     return loss, torch.stack([average(x, mask, "token") for x in watched])
 
 
+def parts(batch, n):
+    """The trajectories of a batch (a dictionary of tensors), n at a time."""
+    for some in zip(*(x.split(n) for x in batch.values())):
+        yield dict(zip(batch, some))
+
+
+@torch.no_grad()
+def scored(world, policy, batch, n):
+    """Log-probs (B, T) of the actions of a batch, n trajectories at a time: (n, T, V) is the largest tensor."""
+    return torch.cat([log_probs(world.logits_and_values(policy, b)[0], b["actions"]) for b in parts(batch, n)])
+
+
 def reinforce(world, policy, args, report, state=None):
     """Slide "Recap: REINFORCE". Trains `policy` in place; calls report(step, metrics) after every batch.
 
@@ -144,14 +156,15 @@ def reinforce(world, policy, args, report, state=None):
     Raises FloatingPointError when the loss, its gradient or the policy's logits are no longer numbers."""
     # 1. Initialize the network that parametrizes the agent: `policy`, and a frozen copy of it, the reference
     state = state or State(world, policy, args)
+    few = args.micro_batch_size or args.batch_size  # that many trajectories at a time fit into memory
     for step in range(state.step, args.steps):
         state.optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)  # to 0, or noise has the last word
         # 2. Sample a number of trajectories and rewards with the current network
         batch, summary = world.sample(policy, args.batch_size, args.group)
-        actions, mask, values, logp_old = (batch[k] for k in ("actions", "mask", "values", "logp_old"))  # each (B, T)
-        with torch.no_grad():
-            logp_ref = log_probs(world.logits_and_values(state.reference, batch)[0], actions)            # (B, T)
-        rewards = batch["rewards"]                                                                       # (B, T)
+        logp_ref = scored(world, state.reference, batch, few)                                            # (B, T)
+        if args.bf16:
+            batch["logp_old"] = scored(world, policy, batch, few)  # token by token it rounds in another way
+        rewards, mask, values, logp_old = (batch[k] for k in ("rewards", "mask", "values", "logp_old"))  # each (B, T)
         if args.kl == "reward":
             rewards = penalised_rewards(rewards, logp_old, logp_ref, mask, state.beta, args.kl_estimator)
         weight = WEIGHTS[args.weight](rewards, values, mask, batch["last_value"], args)                  # (B, T)
@@ -162,15 +175,17 @@ def reinforce(world, policy, args, report, state=None):
         for epoch in range(args.epochs):
             for rows in torch.randperm(args.batch_size, generator=state.shuffle).chunk(args.minibatches):
                 part = {name: x[rows.to(x.device)] for name, x in batch.items()}
-                # 3. Use the samples to approximate the policy gradient
-                loss, watched = total_loss(world, policy, part, state, args)
+                # 3. Use the samples to approximate the policy gradient, whose pieces add up: each gets its share
                 state.optimizer.zero_grad()
-                loss.backward()
+                for piece in parts(part, few):
+                    loss, watched = total_loss(world, policy, piece, state, args)
+                    count = torch.sum if args.average == "token" else len  # what the average divides by
+                    (loss * (count(piece["mask"]) / count(part["mask"]))).backward()
+                    track.append(watched)
                 norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
                 check_finite(f"step {step}: the loss or its gradient", loss + norm, args)
                 # 4. Run stochastic gradient ascent on the return: descent on its negative
                 state.optimizer.step()
-                track.append(watched)
         with torch.no_grad():
             after = world.logits_and_values(policy, {name: x[:1] for name, x in batch.items()})[0]       # (1, T, V)
         check_finite(f"step {step}: the policy's logits", after, args)  # one answer shows it
@@ -403,7 +418,7 @@ def prepare_chat(args):
     world = World(args.seed)
     torch.manual_seed(args.seed)
     tokenizer, model = load_start(args.init)
-    model.to(args.device)
+    model.to(args.device).config.bf16 = args.bf16
     pace = 0.02 if args.init else 1.0  # what has learned a lot moves in small steps
     limit = args.max_new_tokens
     room = model.config.n_positions - limit - 2  # for a question between its two turn tokens
@@ -415,7 +430,8 @@ def prepare_chat(args):
     scorer = RewardModel(copy.deepcopy(model)) if args.reward == "model" else None
     chat = Chat(asked, tokenizer, scorer, args)
     lines, held_out_lines = world.pretraining_text(30_000)
-    stages = Stages(args.out / "stages", args.seed, args.device, torch.__version__, CONTEXT, limit, prepare_chat,
+    few = min(32, args.micro_batch_size or 32)  # before RL it is the batch size
+    stages = Stages(args.out / "stages", args.seed, args.device, torch.__version__, CONTEXT, limit, few, prepare_chat,
                     Path(__file__).parent / "gpt.py", *(DATA / name for name in ("world.py", "tokenizer.bpe")),
                     *sorted(DATA.glob("*.txt")))
 
@@ -425,14 +441,14 @@ def prepare_chat(args):
 
     def make_sft():
         shown = [(row["prompt"], row["response"]) for row in demos] if demos else world.demonstrations(20_000)
-        finetune(model, tokenizer, shown, lines, limit, lr=3e-3 * pace)
+        finetune(model, tokenizer, shown, lines, limit, few, lr=3e-3 * pace)
         return model.state_dict()
 
     def make_reward():
         judged, tests = comparisons(world, pairs, stages.folder / f"pairs-{args.seed}.jsonl")
         scorer.gpt.load_state_dict(model.state_dict())
-        report = progress("reward model", math.ceil(len(judged) / 32))
-        dropped = train_reward_model(scorer, judged, tokenizer, limit, lr=7e-4 * pace, report=report)
+        report = progress("reward model", math.ceil(len(judged) / few))
+        dropped = train_reward_model(scorer, judged, tokenizer, limit, 7e-4 * pace, few, report)
         print(f"  {len(judged)} pairs, {dropped} dropped: equal once they are cut")
         if dropped == len(judged):
             raise DataError(f"{args.pairs}: no pair is left to learn from")
@@ -527,6 +543,18 @@ def side_by_side(pairs):
     return "\n".join(lines) + "\n"
 
 
+def ask(chat, sft, folder, question):
+    """The SFT policy's and the trained one's answers to one question or, if it is empty, to all that is typed in."""
+    policy, room = copy.deepcopy(sft), sft.config.n_positions - chat.max_new_tokens - 2
+    try:
+        policy.load_state_dict(torch.load(folder / "policy.pt", map_location="cpu", weights_only=True))
+    except Exception as e:
+        raise DataError(f"{folder / 'policy.pt'} is no policy of these flags ({type(e).__name__}): train it") from None
+    for asked in [question] if question else iter(lambda: input("\nquestion, or nothing to end: ").strip(), ""):
+        text = last_tokens(asked, chat.tokenizer, room)
+        print(side_by_side(both_answers(chat, sft, policy, [text])) + "(the beginning was cut)" * (text != asked))
+
+
 COLUMNS = {  # of metrics.csv and the log: what they mean, width, format
     "step": ("", 4, "d"),
     "reward": ("mean score of the sampled answers (grid: return), without KL; up is good unless gold falls", 7, ".3f"),
@@ -565,7 +593,7 @@ def run_rl(world, reference, args, folder, data=""):
     `reference` is where the policy starts, `data` names all that went into it. Returns the trained policy."""
     policy = copy.deepcopy(reference).requires_grad_()
     state, rows = State(world, policy, args, reference.requires_grad_(False)), []
-    config = {k: v for k, v in vars(args).items() if k not in ("out", "resume")} | {"data": data}
+    config = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "ask")} | {"data": data}
     path = folder / "checkpoint.pt"
     due = 0.0
 
@@ -666,6 +694,9 @@ def flags():
     g.add_argument("--steps", type=int, help="batches of trajectories (default: 60)")
     g.add_argument("--batch-size", type=int, help="trajectories a batch (default: language 128, grid 64)")
     g.add_argument("--minibatches", type=int, help="optimizer steps an epoch (default: 1 with one epoch, else 2)")
+    g.add_argument("--micro-batch-size", type=int, default=None, metavar="N",
+                   help="trajectories at a time, to save memory: gradients add up to those of a minibatch; before RL "
+                        "it is the batch size")
     g.add_argument("--lr", type=float,
                    help="Adam's learning rate (default: language 3e-4, with several epochs 1e-4; grid 0.1)")
     g.add_argument("--beta", type=float, help="price of a nat of KL, in reward (default: 0.1)")
@@ -681,6 +712,8 @@ def flags():
     g.add_argument("--seed", type=int, default=0, help="of everything")
     g.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     g.add_argument("--out", type=Path, default=Path("out"), help="folder of all results")
+    g.add_argument("--ask", nargs="?", const="", default=None, metavar="QUESTION",
+                   help="show the answers of a trained policy instead of training; without a question, ask for some")
     g.add_argument("--resume", action="store_true", default=False,
                    help="go on where an interrupted run with the same flags was")
     return p
@@ -705,6 +738,7 @@ def parse(argv):
         args.lr = getattr(given, "lr", args.lr / 50)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.bf16 = bool(args.init) and args.device == "cuda"  # what is small needs no help
     problem = check(args)
     if problem:
         p.exit(2, f"train.py: {problem}\n")
@@ -713,8 +747,9 @@ def parse(argv):
 
 def check(args):
     """What is wrong with the flags, in one line, or None."""
-    for flag in ("steps", "batch_size", "epochs", "minibatches", "group", "lr", "temperature", "max_new_tokens"):
-        if not getattr(args, flag) > 0 or math.isinf(getattr(args, flag)):
+    for flag in ("steps", "batch_size", "epochs", "minibatches", "group", "lr", "temperature", "max_new_tokens",
+                 "micro_batch_size"):
+        if getattr(args, flag) is not None and not 0 < getattr(args, flag) < math.inf:
             return f"--{flag.replace('_', '-')} must be a positive number, not {getattr(args, flag)}"
     for flag in ("beta", "clip", "vf_coef", "entropy_coef"):
         if not 0 <= getattr(args, flag) < math.inf:
@@ -735,9 +770,9 @@ def check(args):
             return f"--batch-size {args.batch_size} is not divisible by --{flag} {getattr(args, flag)}"
     if args.weight in ("rloo", "grpo") and args.group < 2:
         return f"--weight {args.weight} compares the answers to one prompt: --group must be at least 2"
-    own = [f"--{flag}" for flag in ("init", "pairs", "demos", "prompts") if getattr(args, flag)]
-    if args.env == "gridworld" and (own or args.reward != "model"):
-        return f"{(own or ['--reward'])[0]} is for language; the grid world has its own rewards"
+    for flag in ("init", "pairs", "demos", "prompts", "ask", "reward"):
+        if args.env == "gridworld" and getattr(args, flag) not in (None, "model"):
+            return f"--{flag} is for language; the grid world has its own start and rewards"
     if args.init and args.init not in GPT2 and not Path(args.init).is_file():
         return f"--init {args.init}: neither a file nor one of {', '.join(GPT2)}"
     if args.reward == "verifier" and args.prompts:
@@ -763,13 +798,20 @@ def run(args):
         world = GridWorld(gamma=args.gamma, temperature=args.temperature, seed=args.seed, device=args.device)
         run_rl(world, world.new_policy(), args, folder)
     else:
+        if args.ask is not None and not (folder / "policy.pt").exists():
+            raise DataError(f"--ask: there is no {folder / 'policy.pt'} yet; run the same command without --ask first")
         chat, sft, held_out_lines, data = prepare_chat(args)
+        if args.ask is not None:
+            return ask(chat, sft, folder, args.ask)
         policy = run_rl(chat, sft, args, folder, data)
         before, after = (evaluate(chat, p, held_out_lines) for p in (sft, policy))
         show_evaluation(before, after)
         text = side_by_side(both_answers(chat, sft, policy, chat.world.questions(8, "held_out", "samples")))
         print(f"\nHeld-out questions, before and after:\n{text}")
-        write_beside(folder / "samples.txt", lambda path: path.write_text(text))
+        write_beside(folder / "samples.txt", lambda path: path.write_text(text, encoding="utf-8"))
+        rows = [{"prompt": question, "answers": [x["answer"] for x in answers.values()]} for question, answers in
+                both_answers(chat, sft, policy, chat.world.questions(100, "train", "label"))]
+        write_beside(folder / "answers.jsonl", lambda path: write_jsonl(path, rows))
         result = json.dumps({"sft": before, "rl": after}, indent=1)
         write_beside(folder / "evaluation.json", lambda path: path.write_text(result))
     files = ", ".join(sorted(p.name for p in folder.iterdir()))
@@ -785,6 +827,8 @@ def main(argv=None):
     except (DataError, OSError, FloatingPointError) as e:
         print(f"train.py: {' '.join(str(e).split())}", file=sys.stderr)  # one line, whatever is in it
         return 1 if isinstance(e, FloatingPointError) else 2
+    except EOFError:
+        return 0  # no more questions
     except KeyboardInterrupt:
         again = shlex.join([*argv, *(["--resume"] if not args.resume else [])])
         print(f"\nstopped. To go on: python train.py {again}", file=sys.stderr)

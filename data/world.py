@@ -296,6 +296,16 @@ def from_transcripts(row):
     return row | {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
+def last_tokens(text, tokenizer, room):
+    """The end of a text that fits into `room` tokens; a text that fits comes back as it is."""
+    tokens = tokenizer.encode(text)
+    if len(tokens) > room:
+        text = tokenizer.encoding.decode(tokens[-room:], errors="ignore").strip()
+        while len(tokenizer.encode(text)) > room:  # half a word can have more tokens alone than in the whole
+            text = text[1:]
+    return text
+
+
 def read_own(path, fields, tokenizer, room, max_tokens):
     """Rows of one's own file, with prompts that fit into `room` tokens: longer ones lose their beginning.
 
@@ -303,12 +313,8 @@ def read_own(path, fields, tokenizer, room, max_tokens):
     rows = read_jsonl(path, fields)
     cut = 0
     for row in rows:
-        tokens = tokenizer.encode(row["prompt"])
-        if len(tokens) > room:
-            cut += 1
-            row["prompt"] = tokenizer.encoding.decode(tokens[-room:], errors="ignore").strip()
-            while len(tokenizer.encode(row["prompt"])) > room:  # half a word can have more tokens than in the whole
-                row["prompt"] = row["prompt"][1:]
+        whole, row["prompt"] = row["prompt"], last_tokens(row["prompt"], tokenizer, room)
+        cut += row["prompt"] != whole
     long = sum(len(tokenizer.answer(row[field])) > max_tokens for row in rows for field in fields[1:])
     print(f"{path}: {len(rows)} rows, {cut} prompts cut from the left to {room} tokens, "
           f"{long} answers longer than {max_tokens} tokens and cut there")
