@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from functools import cache, partial
+from functools import cache, partial, partialmethod
 from pathlib import Path
 
 import pytest
@@ -903,7 +903,8 @@ def untrained(monkeypatch):
     monkeypatch.setattr(train, "show_evaluation", lambda *a: None)
     for name, most in (("pretraining_text", 300), ("demonstrations", 8), ("preference_pairs", 64), ("questions", 8)):
         full = getattr(World, name)
-        monkeypatch.setattr(World, name, lambda self, n, *a, full=full, most=most, **k: full(self, min(n, most), *a, **k))
+        monkeypatch.setattr(World, name, partialmethod(lambda self, full, most, n, *a, **k: full(self, min(n, most), *a,
+                                                                                                  **k), full, most))
 
 
 def spoil(monkeypatch, place, name, strike):

@@ -441,7 +441,7 @@ def prepare_chat(args):
 
     def make_sft():
         shown = [(row["prompt"], row["response"]) for row in demos] if demos else world.demonstrations(20_000)
-        finetune(model, tokenizer, shown, lines, limit, few, lr=3e-3 * pace)
+        finetune(model, tokenizer, shown, lines, limit, few, 3e-3 * pace)
         return model.state_dict()
 
     def make_reward():
@@ -472,7 +472,7 @@ def prepare_chat(args):
         saved = {"config": vars(model.config), "model": scorer.state_dict()}
         write_beside(args.out / "reward_model.pt", lambda path: torch.save(saved, path))
     stages.depend(prompts, *([Path(args.reward.rpartition(":")[0])] if chat.own_reward else []))
-    return chat, model, held_out_lines, stages.key
+    return chat, model, held_out_lines[:100 if args.init else None], stages.key
 
 
 def show_accuracy(accuracy):
@@ -695,8 +695,7 @@ def flags():
     g.add_argument("--batch-size", type=int, help="trajectories a batch (default: language 128, grid 64)")
     g.add_argument("--minibatches", type=int, help="optimizer steps an epoch (default: 1 with one epoch, else 2)")
     g.add_argument("--micro-batch-size", type=int, default=None, metavar="N",
-                   help="trajectories at a time, to save memory: gradients add up to those of a minibatch; before RL "
-                        "it is the batch size")
+                   help="trajectories at a time, to save memory; their gradients add up")
     g.add_argument("--lr", type=float,
                    help="Adam's learning rate (default: language 3e-4, with several epochs 1e-4; grid 0.1)")
     g.add_argument("--beta", type=float, help="price of a nat of KL, in reward (default: 0.1)")
@@ -754,11 +753,9 @@ def check(args):
     for flag in ("beta", "clip", "vf_coef", "entropy_coef"):
         if not 0 <= getattr(args, flag) < math.inf:
             return f"--{flag.replace('_', '-')} must be 0 or a positive number, not {getattr(args, flag)}"
-    for flag in ("gamma", "lam"):
-        if not 0 <= getattr(args, flag) <= 1:
-            return f"--{flag} must be between 0 and 1, not {getattr(args, flag)}"
-    if not 0 <= args.seed < 2 ** 31:
-        return f"--seed must be between 0 and {2 ** 31 - 1}, not {args.seed}"
+    for flag, top in (("gamma", 1), ("lam", 1), ("seed", 2 ** 31 - 1)):
+        if not 0 <= getattr(args, flag) <= top:
+            return f"--{flag} must be between 0 and {top}, not {getattr(args, flag)}"
     if args.kl_target is not None and args.kl == "none":
         return "--kl-target steers a KL penalty: say where it goes with --kl"
     if args.env == "gridworld" and args.gamma == 1:
@@ -810,7 +807,7 @@ def run(args):
         print(f"\nHeld-out questions, before and after:\n{text}")
         write_beside(folder / "samples.txt", lambda path: path.write_text(text, encoding="utf-8"))
         rows = [{"prompt": question, "answers": [x["answer"] for x in answers.values()]} for question, answers in
-                both_answers(chat, sft, policy, chat.world.questions(100, "train", "label"))]
+                both_answers(chat, sft, policy, chat.world.questions(50, "train", "label"))]
         write_beside(folder / "answers.jsonl", lambda path: write_jsonl(path, rows))
         result = json.dumps({"sft": before, "rl": after}, indent=1)
         write_beside(folder / "evaluation.json", lambda path: path.write_text(result))
