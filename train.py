@@ -17,6 +17,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait should slee
 
 import argparse
 import base64
+import contextlib
 import copy
 import csv
 import hashlib
@@ -601,13 +602,18 @@ def load_checkpoint(path, state, config):
     return rows
 
 
+def configuration(args):
+    """The flags that make a run what it is."""
+    return {k: v for k, v in vars(args).items() if k not in ("out", "resume", "ask", "seeds")}
+
+
 def run_rl(world, reference, args, folder, data=""):
     """The RL loop with its log, its metrics.csv, its checkpoints and, whatever happens, its last good policy.
 
     `reference` is where the policy starts, `data` names all that went into it. Returns the trained policy."""
     policy = copy.deepcopy(reference).requires_grad_()
     state, rows = State(world, policy, args, reference.requires_grad_(False)), []
-    config = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "ask")} | {"data": data}
+    config = configuration(args) | {"data": data}
     path = folder / "checkpoint.pt"
     due = 0.0
 
@@ -682,7 +688,8 @@ def flags():
     """All flags, each declared once."""
     p = OneLineParser(description="Train a policy with reinforcement learning; see README.md.",
                       formatter_class=argparse.ArgumentDefaultsHelpFormatter, argument_default=argparse.SUPPRESS)
-    p.add_argument("--algo", default="reinforce", choices=list(LADDER), help="row of the ladder")
+    p.add_argument("--algo", default="reinforce", metavar="NAME",
+                   help=f"row of the ladder, or several with commas between, or all: {', '.join(LADDER)}")
     p.add_argument("--env", default="language", choices=list(PER_ENV), help="what to train on")
     p.add_argument("--reward", default="model", metavar="{model,verifier,FILE.py:FUNCTION}",
                    help="who scores an answer: the learned reward model, the exact judge, or a function of yours, "
@@ -730,6 +737,7 @@ def flags():
                    help="what the cat sees: where it is, or only in which row (default: cell)")
     g = p.add_argument_group("run")
     g.add_argument("--seed", type=int, default=0, help="of everything")
+    g.add_argument("--seeds", type=int, default=1, help="how many, from --seed on, each with every --algo")
     g.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     g.add_argument("--out", type=Path, default=Path("out"), help="folder of all results")
     g.add_argument("--ask", nargs="?", const="", default=None, metavar="QUESTION",
@@ -743,6 +751,8 @@ def parse(argv):
     """Flags, with what they leave open filled in from the algorithm's row and the world."""
     p = flags()
     given = p.parse_args(argv)
+    if given.algo not in LADDER:
+        p.error(f"--algo {given.algo}: there are {', '.join(LADDER)}, and all")
     row = LADDER[given.algo]
     columns = row._asdict()
     args = argparse.Namespace(**PER_ENV[given.env], average=columns.pop("over"), **columns)
@@ -768,7 +778,7 @@ def parse(argv):
 def check(args):
     """What is wrong with the flags, in one line, or None."""
     for flag in ("steps", "batch_size", "epochs", "minibatches", "group", "lr", "temperature", "max_new_tokens",
-                 "micro_batch_size"):
+                 "micro_batch_size", "seeds"):
         if getattr(args, flag) is not None and not 0 < getattr(args, flag) < math.inf:
             return f"--{flag.replace('_', '-')} must be a positive number, not {getattr(args, flag)}"
     for flag in ("beta", "clip", "vf_coef", "entropy_coef", "reward_noise"):
@@ -830,6 +840,8 @@ def run(args):
         if args.ask is not None:
             return ask(chat, sft, folder, args.ask)
         policy = run_rl(chat, sft, args, folder, data)
+        if (folder / "evaluation.json").exists():
+            return  # resumed after its end
         before, after = (evaluate(chat, p, held_out_lines) for p in (sft, policy))
         show_evaluation(before, after)
         text = side_by_side(both_answers(chat, sft, policy, chat.world.questions(8, "held_out", "samples")))
@@ -844,12 +856,36 @@ def run(args):
     print(f"{time.time() - start:.0f} s in all; written to {folder}: {files}")
 
 
+def compare(argv, given):
+    """Several algorithms or seeds: run what is missing, go on where one was stopped, put all side by side."""
+    from figures import ladder  # here, as only this needs matplotlib
+    algos = list(LADDER) if given.algo == "all" else given.algo.split(",")
+    runs = [parse([*argv, "--algo", algo, "--seed", str(seed)])
+            for seed in range(given.seed, given.seed + max(1, given.seeds)) for algo in algos]
+    folders, start = [], time.time()
+    for i, args in enumerate(runs, 1):
+        folders.append(args.out / f"{args.env}-{args.algo}-{args.seed}")
+        there = folders[-1] / "config.json"
+        config = configuration(args)
+        args.resume = there.exists() and config.items() <= json.loads(there.read_text()).items()
+        print(f"{i} of {len(runs)}: {args.algo}, seed {args.seed}{', there already' if args.resume else ''}", end="",
+              flush=True)
+        with open(args.out / "compare.log", "a") as log, contextlib.redirect_stdout(log):
+            run(args)
+        print(f"; about {(time.time() - start) / i * (len(runs) - i) / 60:.0f} min left", flush=True)
+    path = args.out / "compare"
+    print("\n" + "\n".join(ladder.write([ladder.read_run(folder) for folder in folders], path)))
+    print(f"\nlog: {path}.log, table: {path}.csv, {path}.md, picture: {path}.png")
+
+
 def main(argv=None):
     """The command line. Returns the exit status: 0, 1 for a run that diverged, 2 for bad input, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parse(argv)
+    given = flags().parse_args(argv)
+    several = given.algo == "all" or "," in given.algo or given.seeds != 1
+    args = given if several else parse(argv)
     try:
-        run(args)
+        compare(argv, given) if several else run(args)
     except (DataError, OSError, FloatingPointError) as e:
         print(f"train.py: {' '.join(str(e).split())}", file=sys.stderr)  # one line, whatever is in it
         return 1 if isinstance(e, FloatingPointError) else 2
