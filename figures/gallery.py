@@ -1,8 +1,8 @@
 """Gallery of bugs that still learn: six exercises of break_it.py, each trained beside the right code.
 
-Run `python -m figures.gallery [out]`: seven runs of `python train.py --algo ppo-kl --seed 100`, a minute or two each,
-that share the stages in out/stages. Writes gallery.csv (every batch of every run) and gallery.png beside this script;
-`python -m figures.gallery --draw` only draws gallery.csv again.
+Run `python -m figures.gallery [out]`: seven runs of `python train.py --algo ppo-kl --seed 100 --lr 1e-4`, a minute or
+two each, that share the stages in out/stages. Writes gallery.csv (every batch of every run) and gallery.png beside this
+script; `python -m figures.gallery --draw` only draws gallery.csv again.
 """
 import csv
 import subprocess
@@ -19,10 +19,10 @@ RIGHT = Exercise("ppo.py", "import torch\n", "import torch\n", "the right code",
 GALLERY = [
     "the KL is paid for instead of charged",
     "advantages are off by one step",
-    "the value after the end is not 0",
+    "the value after the end is not 0 but the last state's",
     "min and max are swapped in the clipped loss",
     "sampled at a temperature, scored without",
-    "a mean over tokens instead of the slides' average",
+    "the clip's min is taken before the sign of A",
 ]
 
 
@@ -32,7 +32,7 @@ def train_with(exercise, stages):
         patched(exercise, Path(folder))
         (Path(folder) / "out").mkdir()
         (Path(folder) / "out" / "stages").symlink_to(stages)
-        command = [sys.executable, "train.py", "--algo", "ppo-kl", "--seed", "100"]
+        command = [sys.executable, "train.py", "--algo", "ppo-kl", "--seed", "100", "--lr", "1e-4"]
         subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
         with open(Path(folder) / "out" / "language-ppo-kl-100" / "metrics.csv") as f:
             metrics = list(csv.DictReader(f))
@@ -62,7 +62,7 @@ def draw(rows):
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[1]:
         axis.set_xlabel("sampled answers")
-    figure.suptitle("Bugs that still learn: one wrong line each, and the score rises all the same (ppo-kl, one seed)")
+    figure.suptitle("Bugs that still learn: one wrong line each, and at first the score rises all the same (one seed)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncol=4, frameon=False)
     figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(HERE / "gallery.png", dpi=130)
