@@ -1,8 +1,8 @@
 """The cat in the grid: a world so small that everything is known exactly, run through the language model's lines.
 
-State (x, y) in {0 .. k-1}^2; actions left, right, up, down; a move into the wall stays. Entering a cell earns 0 for an
-empty one, -1 for a broom, -10 for a bathtub, +100 for the meat, which ends the episode. A time limit only cuts it off:
-terminated is not truncated, the value of the state reached still counts.
+State (x, y) in {0 .. k-1}^2; actions left, right, up, down; a move into the wall enters the same cell again. Entering
+earns 0 for an empty cell, -1 for a broom, -10 for a bathtub, +100 for the meat, which ends the episode. A time limit only
+cuts it off: terminated is not truncated, the value of the state reached still counts (for the weights that use V).
     V^pi(s) = sum_a pi(a | s) Q^pi(s, a)                 Q^pi(s, a) = r(s, a) + gamma sum_s' P(s' | s, a) V^pi(s')
     A^pi(s, a) = Q^pi(s, a) - V^pi(s)                    V*(s)      = max_a Q*(s, a)
     J(pi) = mean of V^pi over the start cells, and its exact gradient by differentiating through the linear system
@@ -15,7 +15,8 @@ import time
 import torch
 from torch import nn
 
-GRID = "C.... / b.... / ...T. / ..... / ....M"  # rows from the top: Cat, broom, bathTub, Meat
+# rows from the top: Cat (only drawn: it starts on any free cell), broom, bathTub, Meat
+GRID = "C.... / b.... / ...T. / ..... / ....M"
 REWARDS = {".": 0.0, "C": 0.0, "b": -1.0, "T": -10.0, "M": 100.0}
 MOVES = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1]])  # (4, 2): left, right, up, down as (dx, dy)
 ARROWS = "←→↑↓"
@@ -56,8 +57,9 @@ class GridWorld:
     def __init__(self, grid=GRID, slip=0.0, reward_noise=0.0, observe="cell", gamma=0.99, limit=50, temperature=1.0,
                  seed=0, device="cpu"):
         self.rows = read_grid(grid)
-        if not 0 <= slip <= 1 or not reward_noise >= 0:
-            raise ValueError(f"slip {slip} must be between 0 and 1, reward noise {reward_noise} not negative")
+        if not (0 <= slip <= 1 and 0 <= gamma <= 1 and reward_noise >= 0 and observe in ("cell", "row")):
+            raise ValueError(f"slip {slip} and gamma {gamma} must lie between 0 and 1, reward noise {reward_noise} must "
+                             f"not be negative, the cat observes its 'cell' or its 'row', not '{observe}'")
         self.k = k = len(self.rows)
         self.slip, self.reward_noise, self.gamma, self.limit = slip, reward_noise, gamma, limit
         self.temperature, self.device = temperature, device
@@ -70,28 +72,31 @@ class GridWorld:
         self.reward = torch.tensor([REWARDS[letter] for letter in letters])[self.next]        # (S, 4)
         self.next[self.meat], self.reward[self.meat] = self.meat, 0.0                         # nothing happens any more
         self.starts = torch.tensor([s for s in cell.tolist() if REWARDS[letters[s]] == 0])
-        self.observe = cell if observe == "cell" else y                                       # (S,)
+        self.seen = cell if observe == "cell" else y                                          # (S,) the observation
         # P(s' | s, a) and r(s, a), slips included: a slip is a move in one of the four directions
-        sure = nn.functional.one_hot(self.next, k * k).to(self.reward)                             # (S, 4, S)
-        sure[self.meat] = 0                                                                   # no state after the end
-        self.P = (1 - slip) * sure + slip * sure.mean(1, keepdim=True)                        # (S, 4, S)
+        aimed = nn.functional.one_hot(self.next, k * k).to(self.reward)                       # (S, 4, S)
+        aimed[self.meat] = 0                                                                  # no state after the end
+        self.P = (1 - slip) * aimed + slip * aimed.mean(1, keepdim=True)                      # (S, 4, S)
         self.r = (1 - slip) * self.reward + slip * self.reward.mean(1, keepdim=True)          # (S, 4)
-        for name in ("next", "reward", "starts", "observe", "P", "r"):
+        for name in ("next", "reward", "starts", "seen", "P", "r"):
             setattr(self, name, getattr(self, name).to(device))
         self.generator = torch.Generator(device).manual_seed(seed)
         self.best = self.optimal_values()                                                     # (S,)
+        if not self.best[self.starts].mean() > 0:
+            raise ValueError(f"in the grid '{grid}' with slip {slip} and gamma {gamma} even the best cat earns nothing")
 
     def new_policy(self):
         """A policy that knows nothing."""
-        return GridPolicy(int(self.observe.max()) + 1).to(self.device)
+        return GridPolicy(int(self.seen.max()) + 1).to(self.device)
 
     # Gymnasium's vector convention -----------------------------------------------------------------
     def reset(self, B, group=1):
         """B cats in free cells, uniformly, `group` in the same one: (observation (B,), info)."""
+        assert B % group == 0
         pick = torch.randint(len(self.starts), (B // group,), generator=self.generator, device=self.device)
         self.state = self.starts[pick].repeat_interleave(group)                               # (B,)
         self.clock = 0
-        return self.observe[self.state], {}
+        return self.seen[self.state], {}
 
     def step(self, action):
         """One move of each cat, action (B,): (observation, reward, terminated, truncated, info), (B,) each."""
@@ -107,7 +112,7 @@ class GridWorld:
         self.clock += 1
         terminated = self.state == self.meat                                                  # (B,)
         truncated = ~terminated if self.clock >= self.limit else torch.zeros_like(terminated)  # (B,)
-        return self.observe[self.state], reward, terminated, truncated, {}
+        return self.seen[self.state], reward, terminated, truncated, {}
 
     # What the training loop asks of a world --------------------------------------------------------
     def rollout(self, policy, B, group=1):
@@ -154,7 +159,7 @@ class GridWorld:
 
     def probabilities(self, policy):
         """pi(a | s) in every cell (S, 4), with its gradient."""
-        return (policy.logits / self.temperature).softmax(-1)[self.observe]
+        return (policy.logits / self.temperature).softmax(-1)[self.seen]
 
     def exact_values(self, probs):
         """V^pi (S,), Q^pi (S, 4), A^pi (S, 4) of pi(a | s) = probs (S, 4): the solution of V = r_pi + gamma P_pi V."""
@@ -181,7 +186,7 @@ class GridWorld:
 
     def greedy(self, policy):
         """The likeliest move in every cell (S,), an index into ARROWS."""
-        return policy.logits.argmax(-1)[self.observe]
+        return policy.logits.argmax(-1)[self.seen]
 
     def draw(self, moves, values):
         """The grid as text: what stands in each cell, its move (S,), its value (S,) as a number and as a shade."""

@@ -37,7 +37,7 @@ from data.world import (KINDS, VERDICTS, DataError, Prompts, World, comparisons,
                         write_beside, write_jsonl)
 from gae import discounted_return, gae, grpo_advantage, reward_to_go, rloo_advantage
 from gpt import GPT, GPTConfig, Tokenizer, fit, generate, language_model_loss, train_tokenizer
-from gridworld import GRID, GridWorld, read_grid
+from gridworld import GRID, GridWorld
 from ppo import (adapt_beta, average, clipped_loss, entropy, explained_variance, full_kl, importance_loss, kl_estimate,
                  log_probs, penalised_rewards, policy_gradient_loss, ppo_loss, score_at_end, value_loss, whiten)
 from reward import RewardModel, pair_accuracy, train_reward_model
@@ -545,17 +545,17 @@ def side_by_side(pairs):
 
 
 def show_cat(world, policy, args, folder):
-    """The grid with the policy's likeliest moves and its exact values, and when these moves became (nearly) optimal."""
+    """The grid with the policy's likeliest moves and its exact values, and when these moves were first good enough."""
     with torch.no_grad():
         values = world.exact_values(world.probabilities(policy))[0]
     print(f"\nlikeliest moves, and what the cell is worth to this policy:\n\n{world.draw(world.greedy(policy), values)}")
-    moves = 0
+    moves, found = 0, "never"
     for row in csv.DictReader(open(folder / "metrics.csv")):
-        if float(row["greedy"]) > 0.99:
-            print(f"\nlikeliest moves within 1 % of the optimum after {moves:.0f} moves (batch {row['step']})")
-            return
+        if float(row["greedy"]) >= 0.99:
+            found = f"after {moves:.0f} moves, in batch {row['step']}"
+            break
         moves += float(row["length"]) * args.batch_size
-    print("\nthe likeliest moves never came within 1 % of the optimum")
+    print(f"\nthese moves earn {world.gold(policy)[1]:.1%} of the optimum; 99 % were first reached: {found}")
 
 
 def ask(chat, sft, folder, question):
@@ -572,7 +572,7 @@ def ask(chat, sft, folder, question):
 
 COLUMNS = {  # of metrics.csv and the log: what they mean, width, format
     "step": ("", 4, "d"),
-    "reward": ("mean score of the sampled answers (grid: return), without KL; up is good unless gold falls", 7, ".3f"),
+    "reward": ("mean score of the answers (grid: sum of rewards), without KL; up is good unless gold falls", 7, ".3f"),
     "gold": ("share that the judge finds right (grid: share of the best possible return); up is good", 6, ".3f"),
     "kl": ("nats between this policy and the frozen one, per answer; how far RL has gone", 7, ".2f"),
     "entropy": ("nats per token; 0 means that the policy always says the same", 7, ".3f"),
@@ -663,7 +663,8 @@ def run_rl(world, reference, args, folder, data=""):
     for name, (meaning, _, _) in COLUMNS.items():
         if meaning:
             print(f"  {name}: {meaning}")
-    print("  (A policy-gradient loss is not shown: only its gradient means anything.)")
+    print("  (A policy-gradient loss is not shown: only its gradient means anything. metrics.csv also has beta, approx_kl =\n"
+          "  KL(pi_old || pi) after the updates, and greedy, the gold of a cat that always makes its likeliest move.)")
     return policy
 
 
@@ -790,14 +791,14 @@ def check(args):
     if args.kl_target is not None and args.kl == "none":
         return "--kl-target steers a KL penalty: say where it goes with --kl"
     if args.env == "gridworld":
+        if args.gamma > 0.9999:
+            return "--gamma must be at most 0.9999 here: a cat that walks in circles has no value otherwise"
         try:
-            read_grid(args.grid)
+            GridWorld(args.grid, args.slip, args.reward_noise, args.observe, gamma=args.gamma)
         except ValueError as e:
-            return f"--grid: {e}"
+            return f"--env gridworld: {e}"
     elif any(flag in args for flag in ("grid", "slip", "reward_noise", "observe")):
         return "--grid, --slip, --reward-noise and --observe belong to --env gridworld"
-    if args.env == "gridworld" and args.gamma == 1:
-        return "--gamma must be below 1 in the grid world: a cat that walks in circles has no value otherwise"
     if args.kl_target is not None and not 0 < args.kl_target < math.inf:
         return f"--kl-target must be a positive number of nats, not {args.kl_target}"
     for flag in ("minibatches", "group"):

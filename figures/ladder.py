@@ -56,7 +56,7 @@ def read_run(folder):
                 told = result[when][split]
                 row |= {f"{when}_{split}_{name}": told[name] for name in ("gold", "city", "thing", "sum", "rude", "garbled")}
             row[f"{when}_text_loss"] = result[when]["text_loss"]
-    return {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, curves
+    return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}, curves
 
 
 def read_runs(out, env="language"):

@@ -2,9 +2,10 @@
 
 In the grid with gamma = 0.9, of one fixed policy that mostly knows the way: pi(a | s) = softmax(Q*(s, a) / 5). No time
 limit, so nothing is cut off; and from reward-to-go on the weights carry the gamma^t that belongs to a discounted J and
-that nearly every code drops, ours too: the row "GAE 1.0, no gamma^t" shows what that costs. Every weight is measured
+that nearly every code drops, ours too: the row "GAE 1.0, no gamma^t" shows what that costs. Weights with a V are measured
 with the true V^pi, and with one that is off by a standard deviation of 10 a cell, as a learned V may be.
     bias     |E[g] - grad J| / |grad J|, E[g] from 20,000 trajectories; noise: the length that sampling alone gives it
+    cosine   of the angle between E[g] and grad J: what is only too long or too short has 1
     spread   sqrt(E|g - E[g]|^2) / |grad J| of the gradient g from one trajectory
     trajectories   how many must be averaged until the spread is a tenth of the gradient
 Run `python -m figures.variance`: prints the table, writes variance.csv and variance.png beside this script (a minute).
@@ -26,7 +27,7 @@ LAMBDAS = [1.0, 0.95, 0.9, 0.7, 0.5, 0.0]
 
 
 def measure(world, policy, weight, lam, discount):
-    """(bias, noise, spread) of the sampled gradient of the policy's logits with this row of WEIGHTS, times discount^t."""
+    """(bias, noise, spread, cosine) of the sampled gradient of the policy's logits with this row of WEIGHTS, times discount^t."""
     flags = SimpleNamespace(gamma=world.gamma, lam=lam)
     world.generator.manual_seed(0)  # the same trajectories for every weight
     gradients = []
@@ -41,7 +42,7 @@ def measure(world, policy, weight, lam, discount):
     variance = g.var(0).sum().item()                                                 # of the mean of BATCH trajectories
     size = exact.norm().item()
     return ((g.mean(0) - exact).norm().item() / size, (variance / BATCHES) ** 0.5 / size,
-            (variance * BATCH) ** 0.5 / size)
+            (variance * BATCH) ** 0.5 / size, torch.cosine_similarity(g.mean(0).flatten(), exact.flatten(), 0).item())
 
 
 def main():
@@ -59,12 +60,14 @@ def main():
                                         ("gae", 1, 1, "GAE 1.0, no gamma^t")]:
         for values, V in (("true", truth), ("off by 10", truth + off)):
             policy.value.data = V / 100  # its unit is the meat
-            bias, noise, spread = measure(world, policy, weight, lam, discount)
-            rows.append({"weight": name, "V": values, "bias": round(bias, 3), "noise": round(noise, 3),
-                         "spread": round(spread, 2), "trajectories": round(100 * spread ** 2)})
+            bias, noise, spread, cosine = measure(world, policy, weight, lam, discount)
+            without = weight in ("return", "reward-to-go")
+            rows.append({"weight": name, "V": "none" if without else values, "spread": round(spread, 2),
+                         "trajectories": round(100 * spread ** 2), "bias": round(bias, 3), "noise": round(noise, 3),
+                         "cosine": round(cosine, 3)})
             print("  ".join(f"{k} {v!s:<12}" for k, v in rows[-1].items()), flush=True)
-            if weight in ("return", "reward-to-go"):
-                break  # V plays no part
+            if without:
+                break
     with open(HERE / "variance.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, rows[0])
         writer.writeheader()
@@ -72,13 +75,13 @@ def main():
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     names = list(dict.fromkeys(row["weight"] for row in rows))
-    for values, color, marker in (("true", "#0072b2", "o"), ("off by 10", "#d55e00", "s")):
+    for values, color, marker in (("none", "#000000", "D"), ("true", "#0072b2", "o"), ("off by 10", "#d55e00", "s")):
         picked = [row for row in rows if row["V"] == values]
         y = [-names.index(row["weight"]) for row in picked]
         axes[0].plot([row["spread"] for row in picked], y, marker, color=color, ms=8)
-        axes[1].barh([i + (0.12 if values == "true" else -0.12) for i in y], [row["noise"] for row in picked], 0.2,
+        axes[1].barh([i + (-0.12 if values == "off by 10" else 0.12) for i in y], [row["noise"] for row in picked], 0.2,
                      color=color, alpha=0.3)
-        axes[1].plot([row["bias"] for row in picked], y, marker, color=color, ms=8, label=f"V {values}")
+        axes[1].plot([row["bias"] for row in picked], y, marker, color=color, ms=8, label="no V" if values == "none" else f"V {values}")
     axes[0].set(title="spread of one trajectory's gradient", xlabel="times the length of the exact gradient",
                 yticks=range(0, -len(names), -1), yticklabels=names, xlim=0)
     axes[1].set(title="bias", xlabel="share of the exact gradient's length (pale bar: sampling noise alone)", xlim=0)
@@ -86,7 +89,7 @@ def main():
     for axis in axes:
         axis.grid(axis="y", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("A baseline narrows the gradient fivefold; GAE narrows it further, and pays with bias where V is wrong")
+    figure.suptitle("A baseline narrows the gradient fivefold; GAE narrows it further while V is true, and else pays with bias")
     figure.tight_layout()
     figure.savefig(HERE / "variance.png", dpi=130)
 
