@@ -24,12 +24,14 @@ import torch.nn.functional as F
 # ------------------------------------------------------------------------------------------- model
 @dataclass
 class GPTConfig:
-    """Shape of the network. The table of embeddings has one more row than `vocab_size`: the pad's."""
+    """Shape of the network. The table of embeddings has more rows than `vocab_size`: first the pad's."""
     vocab_size: int = 512  # V, tokens that can be predicted
     n_positions: int = 96  # longest sequence
     n_layer: int = 4
     n_head: int = 4        # H
     n_embd: int = 128      # C
+    read_only: int = 1     # tokens behind the vocabulary that are read and never predicted: the pad, GPT-2's turns
+    bf16: bool = False     # compute the body in bfloat16, with weights, heads and normalisation in float32
 
 
 class Attention(nn.Module):
@@ -86,7 +88,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size + 1, config.n_embd)  # the last row is the pad: read, never predicted
+        self.wte = nn.Embedding(config.vocab_size + config.read_only, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
@@ -101,6 +103,28 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 / residual)
         nn.init.zeros_(self.value_head.weight)  # V = 0 everywhere until something has been learned
         nn.init.normal_(self.reward_head.weight, std=1 / math.sqrt(config.n_embd + 1))
+
+    @classmethod
+    @torch.no_grad()
+    def from_gpt2(cls, weights, head_size=64):
+        """GPT-2 from a state dict {name: tensor} in Hugging Face's naming, heads of `head_size` channels as in all of
+        OpenAI's. Three read-only tokens are added behind its vocabulary, its logits stay as they are.
+
+        Raises KeyError or RuntimeError when a tensor is missing or has another shape, ValueError for an untied output.
+        """
+        w = {name.removeprefix("transformer."): x for name, x in weights.items()}
+        words = w["wte.weight"]
+        (V, C), n_positions, n_layer = words.shape, len(w["wpe.weight"]), sum(x.endswith("ln_1.bias") for x in w)
+        if not torch.equal(w.get("lm_head.weight", words), words):
+            raise ValueError("its lm_head.weight is not tied to wte.weight")
+        model = cls(GPTConfig(V, n_positions, n_layer, C // head_size, C, read_only=3))
+        mine = model.state_dict()
+        # Conv1D keeps (in, out), Linear (out, in)
+        theirs = {name: w[name].T if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else w[name]
+                  for name in mine if "_head" not in name}
+        new = mine["wte.weight"][V:] + words.mean(0)  # a new token is the average one, and a little noise
+        model.load_state_dict(mine | theirs | {"wte.weight": torch.cat((words, new))})
+        return model
 
     def forward(self, tokens, mask=None, cache=None, start=0):
         """Hidden states (B, T, C) of `tokens` (B, T), the input of all three heads.
@@ -121,12 +145,13 @@ class GPT(nn.Module):
             visible = (column <= row) & mask.bool()[:, None]                      # (B, T, start + T)
             visible = (visible | (column == row))[:, None]  # a pad sees itself: a softmax over nothing can be NaN
         x = self.wte(tokens) + self.wpe(positions)                                # (B, T, C)
-        for i, block in enumerate(self.h):
-            x = block(x, visible, None if cache is None else cache[i], start)     # (B, T, C)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.bf16):
+            for i, block in enumerate(self.h):
+                x = block(x, visible, None if cache is None else cache[i], start)  # (B, T, C)
         return self.ln_f(x)                                                       # (B, T, C)
 
     def logits(self, h):
-        """(..., C) -> (..., V): scores of the next token, with the embeddings as weights (tied), less the pad's."""
+        """(..., C) -> (..., V): scores of the next token, the embeddings of all that can be said as weights (tied)."""
         return F.linear(h, self.wte.weight[:self.config.vocab_size])
 
     def value(self, h):
@@ -140,7 +165,8 @@ class GPT(nn.Module):
     def new_cache(self, B, T):
         """Empty keys and values, (n_layer, 2, B, H, T, D): allocated once, filled as tokens are read."""
         c = self.config
-        return self.wte.weight.new_zeros(c.n_layer, 2, B, c.n_head, T, c.n_embd // c.n_head)
+        dtype = torch.bfloat16 if c.bf16 else None
+        return self.wte.weight.new_zeros(c.n_layer, 2, B, c.n_head, T, c.n_embd // c.n_head, dtype=dtype)
 
 
 # ---------------------------------------------------------------------------------------- sampling
@@ -157,7 +183,8 @@ def generate(model, prompt, prompt_mask, max_new_tokens, end, temperature=1.0, g
     """Trajectory for LLMs: sample an answer a_0 .. a_{T-1} ~ pi(. | s_t) to every prompt.
 
     prompt (B, P), left-padded, prompt_mask (B, P); `end` is the token that ends an answer. Returns a `Sample`.
-    Raises ValueError when prompt and answer do not fit into the model's positions.
+    Raises ValueError when prompt and answer do not fit into the model's positions, FloatingPointError when the
+    probabilities are no numbers.
     """
     B, P = prompt.shape
     if P + max_new_tokens > model.config.n_positions:
@@ -176,6 +203,8 @@ def generate(model, prompt, prompt_mask, max_new_tokens, end, temperature=1.0, g
         # a draw from p: the first token at which the cumulative probability reaches a uniform random number
         cdf = logp_all.exp().cumsum(-1)                                                       # (B, V)
         u = (1 - torch.rand(B, 1, generator=generator, device=cdf.device)) * cdf[:, -1:]      # (B, 1), never 0
+        if not torch.isfinite(u).all():
+            raise FloatingPointError(f"token {t}: the policy's probabilities are no numbers; it has diverged")
         action = torch.searchsorted(cdf, u)[:, 0]                                             # (B,)
         tokens[:, t] = torch.where(alive, action, pad)
         logp[:, t] = logp_all.gather(-1, action[:, None])[:, 0] * alive
@@ -230,12 +259,18 @@ class Tokenizer:
     The pad is not the end: if it were, masking the pads would mask the end, and no answer would learn to stop.
     """
 
-    def __init__(self, ranks):
-        n = len(ranks)
-        self.user, self.assistant, self.end, self.pad = range(n, n + 4)
-        self.vocab_size = n + 3  # the pad is never predicted, so it stands outside the vocabulary
-        special = {"<|user|>": self.user, "<|assistant|>": self.assistant, "<|end|>": self.end, "<|pad|>": self.pad}
-        self.encoding = tiktoken.Encoding("world", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    def __init__(self, ranks, pattern=PATTERN, said=("user", "assistant", "end"), read_only=("pad",)):
+        special = {name: len(ranks) + i for i, name in enumerate((*said, *read_only))}
+        self.user, self.assistant, self.end, self.pad = (special[x] for x in ("user", "assistant", "end", "pad"))
+        self.vocab_size = len(ranks) + len(said)  # the pad is never predicted, so it stands outside the vocabulary
+        special = {f"<|{name}|>": token for name, token in special.items()}
+        self.encoding = tiktoken.Encoding("world", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+    @classmethod
+    def gpt2(cls):
+        """GPT-2's own, which tiktoken fetches once; its end of text is our end. Raises OSError without a network."""
+        encoding = tiktoken.get_encoding("gpt2")
+        return cls(encoding._mergeable_ranks, encoding._pat_str, ("end",), ("pad", "user", "assistant"))
 
     @classmethod
     def load(cls, path):

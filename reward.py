@@ -9,8 +9,13 @@ Mind that the centring is a constant baseline in disguise: with scores of mean 1
 Source: Bradley & Terry 1952; Ziegler et al. 2019; Stiennon et al. 2020.
 Left out: ensembles, margins, several epochs (a second one already overfits).
 Run `python reward.py [out/reward_model.pt]`: the slides' two tables, scored by the model that train.py left there.
+Run `python reward.py --label mine.jsonl out/language-reinforce-0/answers.jsonl`: be the labeller yourself.
 """
+import argparse
+import json
 import math
+import os
+import random
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -43,8 +48,8 @@ class RewardModel(nn.Module):
         """Scores (B,) of question and answer, tokens (B, T), mask (B, T); padding on either side moves no score."""
         assert tokens.shape == mask.shape
         h = self.gpt(tokens, mask)                                                 # (B, T, C)
-        last = (mask.long() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)  # (B,) last real token
-        r = self.gpt.reward(h[torch.arange(len(h), device=h.device), last])        # (B,)
+        last = mask & (mask.long().cumsum(1) == mask.sum(1, keepdim=True))         # (B, T), the last real token
+        r = self.gpt.reward(h[last])                                               # (B,)
         return (r - self.mean) / self.std
 
     @torch.no_grad()
@@ -108,8 +113,58 @@ TABLE = [
 ]
 
 
-def main(path):
-    """Print the tables; the scores are noise if no trained model lies at `path`. Returns the exit status."""
+# Slide "Reward Model for LLMs": human labelled comparison dataset
+def label(path, answers):
+    """Show two answers in random order, ask which is better, and append that to `path` as train.py --pairs reads it.
+
+    Both are JSONL, a line of `answers` is {"prompt": .., "answers": [a, b]}. Every label is on the disk before the next
+    question; pairs labelled before are not shown again. A tie is written both ways round: the loss of the two together
+    is smallest at equal scores. Undo takes back labels of this sitting. Raises ValueError, OSError, KeyError."""
+    lines = path.read_text(encoding="utf-8") if path.exists() else ""
+    if not lines.endswith("\n") and lines:
+        raise ValueError(f"the last line of {path} is not complete")
+    done = [json.loads(line) for line in lines.split("\n")[:-1]]
+    seen = {(row["prompt"], *sorted((row["chosen"], row["rejected"]))) for row in done}
+    shown = [(row["prompt"], *sorted(row["answers"])) for row in map(json.loads, answers.read_text().splitlines())]
+    shown = [pair for pair in dict.fromkeys(shown) if pair[1] != pair[2] and pair not in seen]
+    i, sitting = 0, []  # for each label where it stands: (pair, length of the file before it)
+    while i < len(shown):
+        prompt, left, right = shown[i][0], *random.sample(shown[i][1:], 2)
+        key = input(f"\n{i + 1}/{len(shown)}  {prompt}\n  left:  {left}\n  right: {right}\n"
+                    "better is [l]eft, [r]ight, or [t]ie, [s]kip, [u]ndo, [q]uit: ").strip().lower()[:1]
+        if key == "q":
+            break
+        if key == "u" and sitting:
+            i, length = sitting.pop()
+            os.truncate(path, length)  # one step of the file system: a kill finds the label whole or gone
+        elif key in ("l", "r", "t"):
+            pairs = {"l": [(left, right)], "r": [(right, left)], "t": [(left, right), (right, left)]}[key]
+            with open(path, "ab") as file:
+                sitting.append((i, file.tell()))
+                rows = (json.dumps({"prompt": prompt, "chosen": w, "rejected": l}) + "\n" for w, l in pairs)
+                file.write("".join(rows).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        i += key in ("l", "r", "t", "s")
+
+
+def main(argv=None):
+    """Print the tables, whose scores are noise if there is no trained model, or label. Returns the exit status."""
+    parser = argparse.ArgumentParser(description="The slides' tables, scored; or compare answers yourself.")
+    parser.add_argument("path", nargs="?", type=Path, default=Path("out/reward_model.pt"),
+                        help="the reward model; with --label the answers.jsonl of a run")
+    parser.add_argument("--label", type=Path, metavar="FILE.jsonl", help="append your judgements to this file")
+    args = parser.parse_args(argv)
+    if args.label:
+        try:
+            label(args.label, args.path)
+        except (EOFError, KeyboardInterrupt):
+            print()
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            print(f"reward.py: {args.label} or {args.path}: {type(e).__name__}: {e}", file=sys.stderr)
+            return 2
+        return 0
+    path = args.path
     try:
         tokenizer = Tokenizer.load(Path(__file__).parent / "data" / "tokenizer.bpe")
     except (OSError, ValueError) as e:
@@ -146,4 +201,4 @@ def main(path):
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1] if len(sys.argv) > 1 else "out/reward_model.pt")))
+    sys.exit(main())

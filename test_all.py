@@ -11,24 +11,34 @@ import contextlib
 import csv
 import importlib
 import inspect
+import io
 import itertools
+import json
 import math
+import os
+import pickle
 import random
 import re
 import runpy
 import shlex
 import statistics
+import subprocess
+import sys
 import tempfile
-from functools import partial
+import time
+from functools import cache, partial, partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiktoken
 import torch
 from torch.testing import assert_close
 
+import reward
 import train
-from data.world import KINDS, VERDICTS, DataError, World, read_jsonl
+from data.world import KINDS, VERDICTS, DataError, Prompts, World, read_jsonl, read_own
+from figures import ladder
 from figures.break_it import EXERCISES, break_it, main, readme_row
 from gae import discounted_return, gae, grpo_advantage, n_step_advantage, reward_to_go, rloo_advantage, td_error
 from gpt import GPT, GPTConfig, Tokenizer, generate, language_model_loss, train_tokenizer
@@ -402,8 +412,8 @@ def test_grid_gae_bias_shrinks_to_0_as_lambda_goes_to_1(float64):
     """Slide "Advantage Function": with a wrong V, the bias of the gradient falls from the TD error's to none."""
     world, policy = half_trained(value_error=10.0)
     exact = world.exact_gradient(policy)
-    bias = [(estimates(world, policy, lambda b: gae(b["rewards"], b["values"], b["mask"], lam=lam)).mean(0) - exact)
-            .norm() / exact.norm() for lam in (0.0, 0.5, 0.9, 1.0)]
+    bias = [(estimates(world, policy, lambda b: gae(b["rewards"], b["values"], b["mask"], lam=lam), batches=20).mean(0)
+             - exact).norm() / exact.norm() for lam in (0.0, 0.5, 0.9, 1.0)]
     assert bias[0] > 1.5 * bias[1] > 1.5 * bias[2] > 1.5 * bias[3], bias
 
 
@@ -1395,7 +1405,8 @@ def test_the_language_loop_runs_the_ratio_starts_at_1_and_a_seed_fixes_the_run(t
         assert train.main(flags) == 0
         rows = list(csv.DictReader(open(folder / "metrics.csv")))
         metrics.append([{k: v for k, v in row.items() if k != "seconds"} for row in rows])
-    files = {"metrics.csv", "config.json", "policy.pt", "samples.txt", "evaluation.json"}
+    files = {"metrics.csv", "config.json", "checkpoint.pt", "policy.pt", "samples.txt", "answers.jsonl",
+             "evaluation.json"}
     assert {p.name for p in folder.iterdir()} == files
     printed = capsys.readouterr().out
     assert printed.count(" made in ") == printed.count(" reused from ") == 3
@@ -1511,12 +1522,62 @@ def test_the_worked_example_of_each_file_runs(file, says, capsys, monkeypatch, t
     assert says in capsys.readouterr().out
 
 
-def test_the_readme_table_is_the_committed_csv():
-    """Every number of the table of rungs stands in figures/rungs.csv."""
-    for row in csv.DictReader(open(ROOT / "figures" / "rungs.csv")):
-        cells = [f"{float(row[f'gold_{split}_rl']):.1%}" for split in ("train", "held_out")]
-        cells += [f"{float(row['score_rl']):.2f}", f"{float(row['text_loss_rl']):.2f}", f"{float(row['kl']):.1f}"]
-        assert f"| {row['algo']} | " + " | ".join(cells) + " |" in README
+def test_the_readme_ladder_is_the_committed_csv():
+    """README: its table of rungs is made from figures/ladder.csv, those of the grid from gridworld.csv, variance.csv."""
+    rows = list(csv.DictReader(open(ROOT / "figures" / "ladder.csv")))
+    assert "\n".join(ladder.table(rows)) in README
+    rows = list(csv.DictReader(open(ROOT / "figures" / "gridworld.csv")))
+    for algo in LADDER:
+        runs = [row for row in rows if row["algo"] == algo]
+        moves = [int(row["moves"]) for row in runs if row["moves"]]
+        cells = [algo, runs[0]["lr"], f"{len(moves)} of {len(runs)}", f"{statistics.median(moves):.0f}",
+                 f"{min(moves)} – {max(moves)}"]
+        assert f"| {' | '.join(cells)} |" in README
+    for row in csv.DictReader(open(ROOT / "figures" / "variance.csv")):
+        V = "–" if row["weight"] in ("return", "reward-to-go") else row["V"]
+        cells = [row["weight"], V, f"{float(row['spread']):.1f}", row["trajectories"], f"{float(row['bias']):.2f}"]
+        assert f"| {' | '.join(cells)} |" in README
+    for row in csv.DictReader(open(ROOT / "figures" / "rates.csv")):
+        best = max((r for r in csv.DictReader(open(ROOT / "figures" / "rates.csv")) if r["algo"] == row["algo"]),
+                   key=lambda r: float(r["score - 0.1 KL"]))
+        assert train.parse(["--algo", row["algo"]]).lr == float(best["lr"])
+
+
+def test_several_algorithms_and_seeds_run_once_go_on_and_start_anew_when_a_flag_changes(tmp_path, monkeypatch, capsys):
+    """--algo a,b --seeds 2: what is finished is not run again, what was stopped goes on, the table has a line a run."""
+    flags = "--env gridworld --algo reinforce,ppo-kl --seeds 2 --steps 3 --batch-size 8 --out".split() + [str(tmp_path)]
+    sample, sampled = GridWorld.sample, []
+
+    def counted(world, *args):
+        sampled.append(world)
+        if len(sampled) == 8:
+            raise KeyboardInterrupt
+        return sample(world, *args)
+
+    monkeypatch.setattr(train, "CHECKPOINT_SHARE", 1e9)  # a checkpoint after every step
+    monkeypatch.setattr(GridWorld, "sample", counted)
+    assert train.main(flags) == 130 and len(sampled) == 8  # stopped in the second step of the third run
+    assert train.main(flags) == 0 and len(sampled) == 8 + 2 + 3
+    assert train.main(flags) == 0 and len(sampled) == 13
+    assert "4 of 4: ppo-kl, seed 1, there already" in capsys.readouterr().out
+    rows = list(csv.DictReader(open(tmp_path / "compare.csv")))
+    assert [(row["algo"], row["seed"], row["samples"]) for row in rows] == [
+        ("reinforce", "0", "24"), ("ppo-kl", "0", "24"), ("reinforce", "1", "24"), ("ppo-kl", "1", "24")]
+    assert {p.name for p in tmp_path.glob("compare.*")} == {f"compare.{x}" for x in ("csv", "md", "png", "log")}
+    assert train.main([*flags, "--lr", "0.2"]) == 0 and len(sampled) == 13 + 12
+
+
+def test_confidence_intervals_and_curves_of_the_ladder_by_hand():
+    """README: mean of 1, 2, 6 is 3, their standard deviation sqrt(7), Student's t with 2 degrees of freedom 4.30."""
+    mean, half = ladder.interval([1.0, 2.0, 6.0])
+    close([mean, half], [3, 4.30 * math.sqrt(7 / 3)], 1e-2)
+    assert math.isnan(ladder.interval([5.0])[1])
+    close(ladder.smooth([6.0, 0, 0, 0, 0, 6]), [6, 3, 2, 1.5, 1.2, 1.2])
+    runs = [{"algo": algo, "seed": seed, "lr": "1e-4", "gold": gold, "gold_peak": 0, "reward": 0, "kl": 0, "entropy": 0,
+             "length": 0} for algo, seed, gold in [("ppo", 1, 0.2), ("ppo", 2, 0.5), ("ppo-kl", 1, 0.3), ("ppo-kl", 2, 0.8),
+                                                   ("ppo-kl", 3, 0.0)]]
+    lines = ladder.table(runs)  # paired: seed 1 gains 10, seed 2 gains 30, seed 3 has no partner
+    assert lines[2].endswith("|  |") and lines[3].endswith("| +20 ± 127 |")
 
 
 def test_the_readme_exercises_are_the_committed_csv_and_each_was_seen_red():
@@ -1552,3 +1613,507 @@ def test_the_readme_tests_are_what_ci_runs():
     """README's second command is the one that .ci/run ends with."""
     command = "-m pytest -q test_all.py"
     assert command in README and command in (ROOT / ".ci" / "run").read_text()
+
+
+# ------------------------------------------- one's own: a run that was stopped (train.py, --resume)
+slow = pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes: SLOW=1 python -m pytest test_all.py")
+
+
+class Killed(BaseException):
+    """A kill -9 in process: nothing is to catch it, and what is dead writes nothing more."""
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """The language world without its minutes of training before RL, and without the evaluation after it."""
+    for stage in ("pretrain", "finetune"):
+        monkeypatch.setattr(train, stage, lambda *a, **k: None)
+    monkeypatch.setattr(train, "train_reward_model", lambda *a, **k: 0)
+    monkeypatch.setattr(train, "pair_accuracy", lambda *a: {f"right > wrong, {kind}": (0.5, 1) for kind in KINDS})
+    monkeypatch.setattr(train, "evaluate", lambda *a: {})
+    monkeypatch.setattr(train, "show_evaluation", lambda *a: None)
+    for name, most in (("pretraining_text", 300), ("demonstrations", 8), ("preference_pairs", 64), ("questions", 8)):
+        full = getattr(World, name)
+        monkeypatch.setattr(World, name, partialmethod(lambda self, full, most, n, *a, **k: full(self, min(n, most), *a,
+                                                                                                  **k), full, most))
+
+
+def spoil(monkeypatch, place, name, strike):
+    """Call strike(number of the call, its arguments) before every call of place.name."""
+    original, calls = getattr(place, name), itertools.count(1)
+
+    def struck(*args, **kwargs):
+        strike(next(calls), args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(place, name, struck)
+
+
+def outcome(folder):
+    """What a run leaves, as text without its timing: the rows of metrics.csv, every weight, and samples.txt."""
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(open(folder / "metrics.csv"))]
+    weights = torch.load(folder / "policy.pt", weights_only=True)
+    texts = [path.read_text() for path in sorted(folder.glob("*.txt"))]
+    return repr((rows, {k: w.tolist() for k, w in weights.items()}, texts))
+
+
+def complaint(capsys, flags, status=2):
+    """The one line that train.main(flags) says on stderr before it ends with the status."""
+    capsys.readouterr()
+    try:
+        assert train.main(flags) == status
+    except SystemExit as stop:
+        assert stop.code == status
+    line, = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+FLAGS = {"gridworld": "--env gridworld --algo ppo-adaptive-kl --steps 12 --epochs 2",
+         "language": "--algo ppo-adaptive-kl --steps 12 --batch-size 4 --epochs 1 --minibatches 2 --lr 1e-3"}
+
+
+@pytest.mark.parametrize("env", FLAGS)
+def test_a_run_that_is_killed_at_any_moment_and_resumed_ends_as_if_never_stopped(env, untrained, tmp_path, monkeypatch):
+    """Resume: weights, metrics, samples to the last bit, killed in a step, in a half-written file, before a rename."""
+    flags = [*FLAGS[env].split(), "--out", str(tmp_path)]
+    monkeypatch.setattr(train, "CHECKPOINT_SHARE", 1e9)  # one after every step
+    life = [10 ** 9]
+
+    def strike(call, args):
+        life[0] -= 1
+        if life[0] <= 0:
+            for path in (a for a in args if isinstance(a, Path) and a.suffix == ".part"):
+                path.write_bytes(path.read_bytes()[:99] if path.exists() else b"PK")
+            raise Killed
+
+    for place, name in ((train, "penalised_rewards"), (torch, "save"), (os, "replace")):
+        spoil(monkeypatch, place, name, strike)
+    assert train.main(flags) == 0
+    folder = tmp_path / f"{env}-ppo-adaptive-kl-0"
+    whole, lives = outcome(folder), 10 ** 9 - life[0]
+    rng = random.Random(env)
+    for n in range(3):
+        life[0] = rng.randint(lives // 6, lives // 4)
+        with pytest.raises(Killed):
+            train.main(flags if n == 0 else [*flags, "--resume"])
+    life[0] = 10 ** 9
+    assert train.main([*flags, "--resume"]) == 0
+    assert outcome(folder) == whole
+    assert train.main([*flags, "--resume"]) == 0  # when all is done there is nothing to do
+    assert outcome(folder) == whole
+    assert not list(folder.glob("*.part"))
+
+
+@slow
+def test_thirty_kills_from_outside_change_nothing(tmp_path):
+    """Resume: the same with kill -9 at random times, and the equal end."""
+    def start(out, *more):
+        flags = "--env gridworld --algo ppo-adaptive-kl --steps 400 --batch-size 512".split()
+        folder = Path(train.__file__).parent
+        return subprocess.Popen([sys.executable, "train.py", *flags, "--out", out, *more], cwd=folder)
+    assert start(tmp_path / "a").wait() == 0
+    random.seed(0)
+    kills = 0
+    while kills < 30:
+        process = start(tmp_path / "b", "--resume")
+        path = tmp_path / "b" / "gridworld-ppo-adaptive-kl-0" / "checkpoint.pt"
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        while process.poll() is None and (path.stat().st_mtime_ns if path.exists() else 0) == before:
+            time.sleep(0.01)  # it has loaded its libraries and begun
+        time.sleep(random.uniform(0, 0.3))
+        process.kill()
+        kills += process.wait() != 0
+        assert process.returncode in (0, -9)
+        if process.returncode == 0:
+            break
+    assert start(tmp_path / "b", "--resume").wait() == 0
+    a, b = (outcome(tmp_path / x / "gridworld-ppo-adaptive-kl-0") for x in "ab")
+    assert a == b and kills == 30
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    """Resume: exit status 130, the last whole step in policy.pt and metrics.csv, and the printed command goes on."""
+    flags = [*FLAGS["gridworld"].split(), "--out", str(tmp_path / "a b")]
+    folder = tmp_path / "a b" / "gridworld-ppo-adaptive-kl-0"
+    assert train.main(flags) == 0
+    whole = outcome(folder)
+
+    def strike(call, args):
+        if call == 11:  # in the middle of the third step, of 2 epochs of 2 minibatches each
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "CHECKPOINT_SHARE", 1e9)
+    spoil(monkeypatch, train, "total_loss", strike)
+    capsys.readouterr()
+    assert train.main(flags) == 130
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert len(list(csv.DictReader(open(folder / "metrics.csv")))) == 2
+    assert train.main(shlex.split(last.split("train.py ")[1])) == 0
+    assert outcome(folder) == whole
+
+
+def test_a_checkpoint_that_is_damaged_or_of_another_run_is_refused(tmp_path, capsys):
+    """Resume: exit status 2, one line, and not a byte of the folder is changed."""
+    flags = [*FLAGS["gridworld"].split(), "--out", str(tmp_path)]
+    assert train.main(flags) == 0
+    path = tmp_path / "gridworld-ppo-adaptive-kl-0" / "checkpoint.pt"
+    saved = path.read_bytes()
+    for content in (b"", saved[:1000], saved[:-50], b"PK" + saved, pickle.dumps([1], 2)):
+        path.write_bytes(content)
+        before = {p: p.read_bytes() for p in path.parent.iterdir()}
+        assert "damaged" in complaint(capsys, [*flags, "--resume"])
+        assert before == {p: p.read_bytes() for p in path.parent.iterdir()}
+    for content in ([], {"config": {}}, torch.load(io.BytesIO(saved)) | {"policy": {}}):
+        torch.save(content, path)
+        assert "damaged" in complaint(capsys, [*flags, "--resume"])
+    path.write_bytes(saved)
+    for other in (["--lr", "0.2"], ["--steps", "9"], ["--kl", "none", "--kl-target", "3"], ["--whiten"]):
+        line = complaint(capsys, [*flags, *other, "--resume"])
+        assert other[0][2:].replace("-", "_") in line
+
+
+@pytest.mark.parametrize("env", FLAGS)
+def test_a_learning_rate_out_of_this_world_is_said_to_be_one(env, untrained, tmp_path, capsys):
+    """Bad input: exit status 1, one line, and the policy that is kept is the one before it broke."""
+    assert "learning rate" in complaint(capsys, [*FLAGS[env].split(), "--lr", "1e38", "--out", str(tmp_path)], 1)
+    saved = torch.load(tmp_path / f"{env}-ppo-adaptive-kl-0" / "policy.pt", weights_only=True)
+    assert all(w.abs().max() < 10 for w in saved.values())
+
+
+# ------------------------------------------------- one's own: a reward and data (train.py, data/world.py)
+PAIR = {"prompt": "Where is Rome?", "chosen": "Rome is in Italy.", "rejected": "Rome does not exist."}
+
+
+def test_a_reward_of_your_own_scores_the_answers_and_needs_no_reward_model(untrained, tmp_path, monkeypatch):
+    """--reward FILE.py:FUNCTION: each answer earns what the function says of it, given as prompt and response."""
+    (tmp_path / "mine.py").write_text("def short(prompts, responses):\n"
+                                      "    return [len(p) - len(r) / 100 for p, r in zip(prompts, responses)]\n")
+    name = f"{tmp_path / 'mine.py'}:short"
+    assert train.main([*FLAGS["language"].split(), "--steps", "1", "--reward", name, "--out", str(tmp_path)]) == 0
+    assert not list((tmp_path / "stages").glob("reward*"))
+    chat = Chat(World(0), load_tokenizer(), None, train.parse(["--reward", name, "--out", str(tmp_path)]))
+    torch.manual_seed(0)
+    policy = GPT(GPTConfig(chat.tokenizer.vocab_size, 64, 1, 2, 16))
+    batch, answers = chat.answer(policy, ["Where is Shanghai?", "My own question"])
+    close(batch["rewards"].sum(1), [len(a["question"]) - len(a["answer"]) / 100 for a in answers], 1e-5)
+    assert [a["verdict"] for a in answers] == ["garbled", None]
+
+
+def test_own_pairs_demonstrations_and_prompts_are_what_is_learned_from(untrained, tmp_path, monkeypatch, capsys):
+    """--pairs, --demos, --prompts: each stage gets the rows of its file, cut to fit; gold is nan."""
+    seen = {}
+    monkeypatch.setattr(train, "finetune", lambda model, tokenizer, demos, *a, **k: seen.update(demos=demos))
+    monkeypatch.setattr(train, "train_reward_model", lambda model, pairs, *a, **k: seen.update(pairs=pairs) or 0)
+    for name, rows in (("pairs", [PAIR | {"prompt": f"{i}?"} for i in range(12)]),
+                       ("demos", [{"prompt": "Say " + "very " * 90 + "long", "response": "yes " * 50}])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "prompts.txt").write_text("".join(f"question {i}\u2028 of mine\n" for i in range(9)))
+    flags = [f"--{name}={next(tmp_path.glob(name + '.*'))}" for name in ("pairs", "demos", "prompts")]
+    assert train.main([*FLAGS["language"].split(), *flags, "--steps", "1", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "1 prompts cut from the left to 38 tokens, 1 answers longer than 24 tokens" in printed
+    assert [pair["prompt"] for pair in seen["pairs"]] == [f"{i}?" for i in (*range(9), 10, 11)]
+    (prompt, response), = seen["demos"]
+    assert prompt.endswith("very long") and prompt.startswith("very ") and response == "yes " * 50
+    assert len(load_tokenizer().encode(prompt)) == 38
+    folder = tmp_path / "language-ppo-adaptive-kl-0"
+    assert [row["gold"] for row in csv.DictReader(open(folder / "metrics.csv"))] == ["nan"]
+    assert re.search(r"question \d\u2028 of mine", (folder / "samples.txt").read_text())
+
+
+def test_of_two_transcripts_the_shared_prefix_is_the_prompt(tmp_path):
+    """--pairs in Anthropic's HH form: what both dialogues share, up to the answer in which they part."""
+    begin = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Where is Rome?\n\nAssistant:"
+    rows = [{"chosen": begin + " In Italy.", "rejected": begin + " In Peru."},
+            {"chosen": "\n\nHuman: A\n\nAssistant: B\n\nHuman: C", "rejected": "\n\nHuman: A\n\nAssistant: D"}, PAIR]
+    (tmp_path / "hh.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    first, second, third = read_jsonl(tmp_path / "hh.jsonl", ["prompt", "chosen", "rejected"])
+    assert first == {"prompt": "Hi\n\nAssistant: Hello!\n\nHuman: Where is Rome?", "chosen": "In Italy.",
+                     "rejected": "In Peru."}
+    assert second == {"prompt": "A", "chosen": "B\n\nHuman: C", "rejected": "D"}
+    assert third == PAIR
+
+
+def test_prompts_of_your_own_are_split_and_what_is_cut_fits(tmp_path, capsys):
+    """--prompts: a fifth is held out, no text is in both; a cut keeps the end, whatever the letters are."""
+    prompts = Prompts([f"{i % 50}?" for i in range(100)], 0)
+    assert len(prompts.held_out) == 10 and len({*prompts.train, *prompts.held_out}) == 50
+    assert {*prompts.questions(99, "held_out", 1)} <= {*prompts.held_out}
+    random.seed(0)
+    texts = ["".join(random.choices("abc 12é漢🙂👩‍👧", k=n)).strip() or "x" for n in range(1, 60)]
+    (tmp_path / "p.txt").write_text("\n".join(texts))
+    for tokenizer in (BYTES, load_tokenizer()):
+        for text, row in zip(texts, read_own(tmp_path / "p.txt", ["prompt"], tokenizer, 9, 5)):
+            assert text.endswith(row["prompt"]) and len(tokenizer.encode(row["prompt"])) <= 9
+            assert (row["prompt"] == text) == (len(tokenizer.encode(text)) <= 9)
+
+
+def malformed(rng):
+    """(flag, content of its file, what the complaint must name), made by breaking something good."""
+    fields = {"pairs": PAIR, "demos": {"prompt": "p", "response": "r"}, "prompts": {"prompt": "p"}}
+    flag = rng.choice(list(fields))
+    row, n = fields[flag], rng.randrange(4)
+    field = rng.choice(list(row))
+    good = json.dumps(row)
+    bad = rng.choice([json.dumps(row | {field: x}) for x in ("", " \n", None, 3, ["a"], {}, True, "\ud800")]
+                     + [json.dumps({k: v for k, v in row.items() if k != field})])
+    where = (f"line {n + 1}", f"'{field}'")
+    if rng.random() < 0.4:
+        where = where[:1]
+        cut = good[:rng.randrange(1, len(good))]
+        bad = rng.choice([cut, "", "[]", "7", "null", "[" * 99_999, "{" + good, good * 2])
+    if flag == "pairs" and rng.random() < 0.2:
+        same = "\n\nHuman: a\n\nAssistant:"
+        texts, field = rng.choice([((same + " b", same), "'rejected'"), (("b", "c"), "'prompt'")])
+        bad, where = json.dumps(dict(zip(("chosen", "rejected"), texts))), (f"line {n + 1}", field)
+    content = "\n".join([good] * n + [bad] + [good] * rng.randrange(3)) + "\n"
+    return flag, content.encode(), where
+
+
+def test_a_hundred_malformed_files_get_one_line_each(untrained, tmp_path, monkeypatch, capsys):
+    """Bad input: data and rewards of one's own, broken at random: status 2, file, line and field, nothing written."""
+    monkeypatch.setattr(train, "World", cache(World))
+    check = World.check
+    monkeypatch.setattr(World, "check", lambda *a: None)  # a second for each of a hundred
+    rng = random.Random(0)
+    cases = [malformed(rng) for _ in range(80)]
+    cases += [(flag, content, ()) for flag in ("pairs", "demos", "prompts") for content in (b"\xff\xfe", b"", None)]
+    for flag, content, where in cases:
+        path = tmp_path / "own.jsonl"
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+        line = complaint(capsys, [f"--{flag}", str(path), "--out", str(tmp_path / "out")])
+        assert str(path) in line and all(name in line for name in where), (content, line)
+    for code in ("def f(:", "raise SystemError('a\\nb')", "g = 1", "f = 3", "def f(p): return p",
+                 "def f(p, r): return [1]", "def f(p, r): return None", "def f(p, r): return r", "def f(p, r): 1 / 0",
+                 "def f(p, r): return [float('nan')] * len(r)", "def f(p, r): return {'a': 1}"):
+        (tmp_path / "own.py").write_text(code + "\n")
+        line = complaint(capsys, ["--reward", f"{tmp_path / 'own.py'}:f", "--out", str(tmp_path / "out")])
+        assert "--reward" in line, (code, line)
+    monkeypatch.setattr(World, "check", check)
+    for flags in ("--reward mine", "--reward nowhere.py:f", "--reward verifier --prompts p",
+                  "--env gridworld --pairs p", "--max-new-tokens 0", "--max-new-tokens 99"):
+        complaint(capsys, [*flags.split(), "--out", str(tmp_path / "out")])
+    assert not list((tmp_path / "out").glob("language-*"))
+
+
+# ----------------------------------------------------------------- one's own: GPT-2's weights (gpt.py, train.py)
+def conv1d(state):
+    """A GPT's state dict in Hugging Face's naming: linear layers transposed, with prefix, output and causal masks."""
+    turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    state = {f"transformer.{k}": v.T if k.endswith(turned) else v for k, v in state.items() if "_head" not in k}
+    words = state["transformer.wte.weight"][:WORDS]
+    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 32, 32) for i in (0, 1)}
+    return state | masks | {"transformer.wte.weight": words, "lm_head.weight": words}
+
+
+def test_weights_in_gpt_2s_naming_come_back_as_the_same_model():
+    """--init: there and back again; what the new tokens do to the logits is nothing, and they can be read."""
+    model = tiny_gpt()
+    for weights in (conv1d(model.state_dict()), {k.removeprefix("transformer."): v.half().float()
+                                                 for k, v in conv1d(model.state_dict()).items()}):
+        again = GPT.from_gpt2(weights, head_size=8)
+        tokens, mask = pad_rows(random_rows(3, 6, 2), "left", 7)
+        close(again.logits(again(tokens, mask))[mask], model.logits(model(tokens, mask))[mask], 1e-2)
+        assert again.logits(again(tokens)).shape[-1] == WORDS
+        assert torch.isfinite(again(torch.tensor([[WORDS, WORDS + 1, WORDS + 2]]))).all()
+    assert torch.equal(GPT.from_gpt2(conv1d(model.state_dict()), 8).wte.weight[:WORDS], model.wte.weight[:WORDS])
+
+
+def test_what_is_no_gpt_2_is_refused():
+    """--init: a missing tensor, one of another shape, an output of its own."""
+    good = conv1d(tiny_gpt().state_dict())
+    for broken, complaint in (({"lm_head.weight": good["lm_head.weight"] + 1}, "not tied"),
+                              ({"transformer.h.1.mlp.c_fc.weight": torch.zeros(64, 16)}, "h.1.mlp.c_fc.weight"),
+                              ({"transformer.ln_f.bias": torch.zeros(1)}, "ln_f.bias")):
+        with pytest.raises((ValueError, RuntimeError), match=complaint):
+            GPT.from_gpt2(good | broken, head_size=8)
+    for name in ("wte.weight", "wpe.weight", "ln_f.weight", "h.0.attn.c_proj.bias"):
+        with pytest.raises(KeyError, match=name):
+            GPT.from_gpt2({k: v for k, v in good.items() if k not in ("lm_head.weight", f"transformer.{name}")}, 8)
+
+
+def test_logits_are_those_of_the_reference_implementation_left_padded_too():
+    """--init: random weights in transformers' GPT-2, read by both: every logit within 1e-4."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers, to compare with it")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=97, n_positions=40, n_embd=128, n_layer=3, n_head=2)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    for p in theirs.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    ours = GPT.from_gpt2(theirs.state_dict())
+    tokens = torch.randint(97, (3, 12))
+    for lengths in ((12, 12, 12), (5, 12, 1)):
+        mask = torch.arange(12) >= 12 - torch.tensor(lengths)[:, None]
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            a = ours.logits(ours(tokens, mask))[mask]
+            b = theirs(tokens, attention_mask=mask.long(), position_ids=positions).logits[mask]
+        print(f"largest difference {(a - b).abs().max():.1e} of logits up to {b.abs().max():.1f}")
+        close(a, b, 1e-4)
+
+
+def test_training_begins_with_the_weights_of_a_file(untrained, tmp_path, monkeypatch, capsys):
+    """--init FILE: no pretraining, GPT-2's tokens; files that are none, and no network, get one line."""
+    ranks = load_tokenizer().encoding._mergeable_ranks
+    fake = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: fake)
+    monkeypatch.setattr(World, "check", lambda *a: None)
+    torch.manual_seed(0)
+    start = GPT(GPTConfig(len(ranks) + 1, 256, n_layer=1, n_head=1, n_embd=64))
+    state = {k: v.T if re.search("c_(attn|proj|fc).weight", k) else v for k, v in start.state_dict().items()}
+    state["wte.weight"] = state["wte.weight"][:-1]
+    torch.save(state, tmp_path / "small.bin")
+    flags = [*FLAGS["language"].split(), "--steps", "1", "--init", str(tmp_path / "small.bin"), "--out", str(tmp_path)]
+    assert train.main([*flags, "--max-new-tokens", "9"]) == 0
+    assert not list((tmp_path / "stages").glob("pretraining*"))
+    saved = torch.load(tmp_path / "language-ppo-adaptive-kl-0" / "policy.pt", weights_only=True)
+    close(saved["h.0.attn.c_attn.weight"], start.h[0].attn.c_attn.weight, 5e-3)  # a step of 1e-3 away
+    torch.save(state | {"wte.weight": state["wte.weight"][1:]}, tmp_path / "small.bin")
+    assert "tokens" in complaint(capsys, flags)
+    for content in (b"", b"PK", (tmp_path / "small.bin").read_bytes()[:-99]):
+        (tmp_path / "small.bin").write_bytes(content)
+        assert "no GPT-2" in complaint(capsys, flags)
+    assert "neither a file" in complaint(capsys, ["--init", "gpt5"])
+
+    def no_network(*args, **kwargs):
+        raise OSError("unreachable")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
+    assert "pytorch_model.bin" in complaint(capsys, ["--init", "gpt2-medium", "--out", str(tmp_path)])
+
+
+def test_gpt_2s_turn_tokens_and_pad_stand_behind_its_vocabulary(monkeypatch):
+    """--init: 0..255 stand for GPT-2's tokens here, 256 for its end of text, and nothing else can be said."""
+    ranks = BYTES.encoding._mergeable_ranks
+    fake = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: fake)
+    tokenizer = Tokenizer.gpt2()
+    assert (tokenizer.end, tokenizer.pad, tokenizer.vocab_size) == (256, 257, 257)
+    assert sorted((tokenizer.user, tokenizer.assistant)) == [258, 259]
+    assert tokenizer.decode(tokenizer.answer("e\u0301 <|end|>")) == "e\u0301 <|end|>"
+
+
+# ---------------------------------------------------- one's own: judgement (reward.py --label, train.py --ask)
+def test_a_label_is_on_the_disk_before_the_next_question(tmp_path, monkeypatch):
+    """--label: each key does what it says, undo takes back the last, ties stand both ways, nothing is asked twice."""
+    answers, path = tmp_path / "answers.jsonl", tmp_path / "mine.jsonl"
+    rows = [{"prompt": f"{i}", "answers": ["good\u2028", "bad"]} for i in range(6)]
+    rows += [rows[0], {"prompt": "same", "answers": ["x", "x"]}]
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = iter(["good", "bad", "?", "u", "u", "good", "t", "u", "t", "s", "", "good"])
+    on_disk = []
+
+    def person(text):
+        on_disk.append(path.read_text().count("\n") if path.exists() else 0)
+        key = next(keys, "q")
+        return key if key not in ("good", "bad") else "left" if f"left:  {key}" in text else "R"
+
+    monkeypatch.setattr("builtins.input", person)
+    assert reward.main(["--label", str(path), str(answers)]) == 0
+    assert on_disk == [0, 1, 2, 2, 1, 0, 1, 3, 1, 3, 3, 3, 4]
+    pairs = [(row["prompt"], row["chosen"]) for row in read_jsonl(path, ["prompt", "chosen", "rejected"])]
+    assert pairs[0] == ("0", "good\u2028") and sorted(pairs[1:3]) == [("1", "bad"), ("1", "good\u2028")]
+    assert pairs[3:] == [("3", "good\u2028")]
+    keys, on_disk = iter("lll"), []
+    assert reward.main(["--label", str(path), str(answers)]) == 0
+    assert on_disk == [4, 5, 6] and read_jsonl(path, ["prompt"])[-3]["prompt"] == "2"  # the one that was skipped
+
+
+def test_left_and_right_are_drawn_by_lot(tmp_path, monkeypatch):
+    """--label: where an answer stands says nothing about where it came from."""
+    rows = [json.dumps({"prompt": f"{i}", "answers": ["a", "b"]}) + "\n" for i in range(99)]
+    (tmp_path / "a.jsonl").write_text("".join(rows))
+    lefts = []
+    monkeypatch.setattr("builtins.input", lambda text: lefts.append("left:  a" in text) or "s")
+    reward.main(["--label", str(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl")])
+    assert 25 < sum(lefts) < 74 and len(lefts) == 99
+
+
+def test_a_file_of_labels_that_is_damaged_is_not_appended_to(tmp_path, capsys):
+    """--label: status 2, one line, the file as it was."""
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "answers": ["a", "b"]}\n')
+    for content in ('{"prompt": "p", "cho', "[1]\n", "7\n", '{"prompt": "p"}\n'):
+        for mine, theirs in (("m", "a"), ("a", "m")):
+            (tmp_path / "m.jsonl").write_text(content)
+            assert reward.main(["--label", str(tmp_path / f"{mine}.jsonl"), str(tmp_path / f"{theirs}.jsonl")]) == 2
+            assert len(capsys.readouterr().err.strip().splitlines()) == 1
+            assert (tmp_path / "m.jsonl").read_text() == content
+
+
+def test_ask_shows_both_policies_answers_and_trains_nothing(untrained, tmp_path, monkeypatch, capsys):
+    """--ask: one question on the command line, or one after the other; before there is a policy, one line."""
+    flags = [*FLAGS["language"].split(), "--steps", "1", "--out", str(tmp_path)]
+    assert "policy.pt" in complaint(capsys, [*flags, "--ask", "Where is Shanghai?"])
+    assert train.main(flags) == 0
+    folder = tmp_path / "language-ppo-adaptive-kl-0"
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert len(read_jsonl(folder / "answers.jsonl", ["prompt"])) == 8
+    capsys.readouterr()
+    assert train.main([*flags, "--ask", "Where is Shanghai?"]) == 0
+    assert re.search(r"Where is Shanghai\?\n  SFT .*\n  RL  ", capsys.readouterr().out)
+    questions = iter(["a " * 99, "Who are you?", ""])
+    monkeypatch.setattr("builtins.input", lambda text: next(questions))
+    assert train.main([*flags, "--ask"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("  SFT ") == printed.count("  RL  ") == 2 and "beginning was cut" in printed
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
+    assert "--ask" in complaint(capsys, ["--env", "gridworld", "--ask", "x", "--out", str(tmp_path)])
+    (folder / "policy.pt").write_bytes(b"x")
+    assert "no policy" in complaint(capsys, [*flags, "--ask", "x"])
+
+
+# --------------------------------------------------------------------- one's own: memory (train.py, gpt.py)
+@pytest.mark.parametrize("over", ["trajectory", "token", "answer"])
+def test_gradients_of_micro_batches_add_up_to_those_of_the_whole(over, monkeypatch):
+    """--micro-batch-size: divided by the global count, whatever is averaged over, with answers of different length."""
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: torch.zeros(()))
+    world, gradients = GridWorld(limit=9), []
+    for few in (8, 3, 1):
+        flags = f"--env gridworld --algo ppo --kl full --average {over} --steps 1 --epochs 1 --entropy-coef 0.1"
+        args = train.parse([*flags.split(), "--batch-size", "8", "--micro-batch-size", str(few)])
+        policy = world.new_policy()
+        torch.manual_seed(0)
+        for p in policy.parameters():
+            p.data = torch.randn(p.shape)
+        world.generator.manual_seed(0)
+        train.reinforce(world, policy, args, lambda step, metrics: None)
+        gradients.append([p.grad for p in policy.parameters()])
+    for pieces in gradients[1:]:
+        for whole, summed in zip(gradients[0], pieces):
+            assert whole.abs().max() > 0.01
+            close(summed, whole, 1e-5)
+
+
+def test_the_largest_tensor_is_that_of_a_micro_batch(untrained, tmp_path, monkeypatch):
+    """--micro-batch-size: no logits of more rows than it says, before, in and after the updates; the same run."""
+    rows, logits = [], GPT.logits
+    monkeypatch.setattr(GPT, "logits", lambda self, h: rows.append(len(h) if h.dim() == 3 else 0) or logits(self, h))
+    ends = []
+    for few in ([], ["--micro-batch-size", "1"]):
+        flags = [*FLAGS["language"].split(), *few, "--steps", "2", "--average", "token", "--kl", "full"]
+        rows.clear()
+        assert train.main([*flags, "--out", str(tmp_path)]) == 0
+        ends.append(torch.load(tmp_path / "language-ppo-adaptive-kl-0" / "policy.pt", weights_only=True))
+    assert max(rows) == 1
+    for name, w in ends[0].items():
+        close(w, ends[1][name], 1e-4)
+
+
+def test_in_bfloat16_the_model_says_nearly_the_same_and_its_outputs_are_float32():
+    """bf16: only the body computes in it; reading with a cache still is reading at once; gradients flow."""
+    model = tiny_gpt(noise=0.1)
+    tokens, mask = pad_rows(random_rows(6, 9, 7), "left", 9)
+    exact = model.logits(model(tokens, mask))[mask]
+    model.config.bf16 = True
+    h = model(tokens, mask)
+    assert h.dtype == model.value(h).dtype == torch.float32
+    assert 0 < (model.logits(h)[mask] - exact).abs().max() < 0.05
+    cache = model.new_cache(3, 12)
+    assert cache.dtype == torch.bfloat16
+    parts = [model(tokens[:, a:b], mask[:, :b], cache, start=a) for a, b in ((0, 5), (5, 9))]
+    close(torch.cat(parts, 1)[mask], h[mask], 0.05)
+    model.requires_grad_()
+    language_model_loss(model, tokens, mask).backward()
+    assert all(torch.isfinite(p.grad).all() for name, p in model.named_parameters() if "_head" not in name)

@@ -17,12 +17,14 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait should slee
 
 import argparse
 import base64
+import contextlib
 import copy
 import csv
 import hashlib
 import inspect
 import json
 import math
+import shlex
 import sys
 import tempfile
 import time
@@ -31,8 +33,8 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from data.world import (KINDS, QUESTIONS, RIGHT, STATEMENTS, VERDICTS, DataError, World, fill, read_jsonl,
-                        write_jsonl)
+from data.world import (KINDS, VERDICTS, DataError, Prompts, World, comparisons, last_tokens, own_reward, read_own,
+                        write_beside, write_jsonl)
 from gae import discounted_return, gae, grpo_advantage, reward_to_go, rloo_advantage
 from gpt import GPT, GPTConfig, Tokenizer, fit, generate, language_model_loss, train_tokenizer
 from gridworld import GRID, GridWorld, read_grid
@@ -87,76 +89,128 @@ LOSSES = {  # logp (B, T), the trajectories b, the flags -> scalar
 
 
 # ---------------------------------------------------------------------------------- the RL loop
-def reinforce(world, policy, args, report):
+class State:
+    """What one step of the loop leaves to the next. A checkpoint holds all of it, so a stopped run goes on exactly."""
+
+    def __init__(self, world, policy, args, reference=None):
+        self.world, self.policy, self.step, self.beta = world, policy, 0, args.beta
+        self.reference = reference or copy.deepcopy(policy).requires_grad_(False)
+        self.optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr, eps=1e-5, fused=True)
+        self.shuffle = torch.Generator().manual_seed(args.seed)
+
+    def save(self):
+        """All but the reference, as torch.save can write it."""
+        return {"step": self.step, "beta": self.beta, "policy": self.policy.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "random": [g.get_state() for g in (self.shuffle, self.world.generator)]}
+
+    def load(self, saved):
+        """Go on from what `save` returned."""
+        self.step, self.beta = saved["step"], saved["beta"]
+        self.world.batches = self.step  # position in the data: a batch a step
+        self.policy.load_state_dict(saved["policy"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for generator, state in zip((self.shuffle, self.world.generator), saved["random"]):
+            generator.set_state(state)
+
+
+def total_loss(world, policy, part, state, args):
+    """What the updates minimise, on the trajectories `part`: scalar, and what the log watches, (3,).
+
+    Watched are means over tokens: entropy, share of ratios outside the clip, KL(pi_old || pi)."""
+    mask, over = part["mask"], args.average
+    logits, values = world.logits_and_values(policy, part)           # (b, T, V), (b, T)
+    logp = log_probs(logits, part["actions"])                        # (b, T)
+    with torch.set_grad_enabled(args.entropy_coef > 0):  # a graph that nobody needs would hold more (b, T, V)
+        uncertainty = entropy(logits)                                # (b, T)
+    c1 = args.vf_coef if args.weight in USES_VALUES else 0.0
+    loss = ppo_loss(LOSSES[args.loss](logp, part, args), value_loss(values, part["target"], mask, over),
+                    average(uncertainty, mask, over), c1, args.entropy_coef)
+    if args.kl == "loss":
+        loss = loss + state.beta * average(kl_estimate(logp, part["logp_ref"], args.kl_estimator), mask, over)
+    elif args.kl == "full":
+        with torch.no_grad():
+            logits_ref, _ = world.logits_and_values(state.reference, part)   # (b, T, V)
+        loss = loss + state.beta * average(full_kl(logits, logits_ref), mask, over)
+    logp, logp_old = logp.detach(), part["logp_old"]
+    outside = ((torch.exp(logp - logp_old) - 1).abs() > args.clip).float()   # (b, T)
+    watched = (uncertainty.detach(), outside, kl_estimate(logp_old, logp, "k3"))
+    return loss, torch.stack([average(x, mask, "token") for x in watched])
+
+
+def parts(batch, n):
+    """The trajectories of a batch (a dictionary of tensors), n at a time."""
+    for some in zip(*(x.split(n) for x in batch.values())):
+        yield dict(zip(batch, some))
+
+
+@torch.no_grad()
+def scored(world, policy, batch, n):
+    """Log-probs (B, T) of the actions of a batch, n trajectories at a time: (n, T, V) is the largest tensor."""
+    return torch.cat([log_probs(world.logits_and_values(policy, b)[0], b["actions"]) for b in parts(batch, n)])
+
+
+def reinforce(world, policy, args, report, state=None):
     """Slide "Recap: REINFORCE". Trains `policy` in place; calls report(step, metrics) after every batch.
 
-    Raises FloatingPointError when the loss or its gradient is no longer a number; the policy is the last good one."""
-    # 1. Initialize the network that parametrizes the agent: `policy`, and a frozen copy of it
-    reference = copy.deepcopy(policy).requires_grad_(False)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr, eps=1e-5, fused=True)
-    shuffle = torch.Generator().manual_seed(args.seed)
-    c1 = args.vf_coef if args.weight in USES_VALUES else 0.0
-    beta = args.beta
-    for step in range(args.steps):
-        optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)  # down to 0, or noise has the last word
+    `state` (a `State`) tells where to begin; None: at the start.
+    Raises FloatingPointError when the loss, its gradient or the policy's logits are no longer numbers."""
+    # 1. Initialize the network that parametrizes the agent: `policy`, and a frozen copy of it, the reference
+    state = state or State(world, policy, args)
+    few = args.micro_batch_size or args.batch_size  # that many trajectories at a time fit into memory
+    for step in range(state.step, args.steps):
+        state.optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)  # to 0, or noise has the last word
         # 2. Sample a number of trajectories and rewards with the current network
         batch, summary = world.sample(policy, args.batch_size, args.group)
-        actions, mask, values, logp_old = (batch[k] for k in ("actions", "mask", "values", "logp_old"))  # each (B, T)
-        with torch.no_grad():
-            logp_ref = log_probs(world.logits_and_values(reference, batch)[0], actions)                  # (B, T)
-        rewards = batch["rewards"]                                                                       # (B, T)
+        logp_ref = scored(world, state.reference, batch, few)                                            # (B, T)
+        if args.bf16:
+            batch["logp_old"] = scored(world, policy, batch, few)  # token by token it rounds in another way
+        rewards, mask, values, logp_old = (batch[k] for k in ("rewards", "mask", "values", "logp_old"))  # each (B, T)
         if args.kl == "reward":
-            rewards = penalised_rewards(rewards, logp_old, logp_ref, mask, beta, args.kl_estimator)
+            rewards = penalised_rewards(rewards, logp_old, logp_ref, mask, state.beta, args.kl_estimator)
         weight = WEIGHTS[args.weight](rewards, values, mask, batch["last_value"], args)                  # (B, T)
         target = weight + values  # where V is used, weight is an estimate of the return minus V    (B, T)
         batch |= {"logp_ref": logp_ref, "weight": whiten(weight, mask) if args.whiten else weight, "target": target}
 
         track = []
         for epoch in range(args.epochs):
-            for rows in torch.randperm(args.batch_size, generator=shuffle).chunk(args.minibatches):
+            for rows in torch.randperm(args.batch_size, generator=state.shuffle).chunk(args.minibatches):
                 part = {name: x[rows.to(x.device)] for name, x in batch.items()}
-
-                # 3. Use the samples to approximate the policy gradient
-                logits, values_now = world.logits_and_values(policy, part)  # (b, T, V), (b, T)
-                logp = log_probs(logits, part["actions"])                   # (b, T)
-                uncertainty = entropy(logits)                               # (b, T)
-                loss = ppo_loss(LOSSES[args.loss](logp, part, args),
-                                value_loss(values_now, part["target"], part["mask"], args.average),
-                                average(uncertainty, part["mask"], args.average), c1, args.entropy_coef)
-                if args.kl == "loss":
-                    kl = kl_estimate(logp, part["logp_ref"], args.kl_estimator)                      # (b, T)
-                    loss = loss + beta * average(kl, part["mask"], args.average)
-                elif args.kl == "full":
-                    with torch.no_grad():
-                        logits_ref, _ = world.logits_and_values(reference, part)                     # (b, T, V)
-                    loss = loss + beta * average(full_kl(logits, logits_ref), part["mask"], args.average)
-
-                # 4. Run stochastic gradient ascent on the return: descent on its negative
-                optimizer.zero_grad()
-                loss.backward()
+                # 3. Use the samples to approximate the policy gradient, whose pieces add up: each gets its share
+                state.optimizer.zero_grad()
+                for piece in parts(part, few):
+                    loss, watched = total_loss(world, policy, piece, state, args)
+                    count = torch.sum if args.average == "token" else len  # what the average divides by
+                    (loss * (count(piece["mask"]) / count(part["mask"]))).backward()
+                    track.append(watched)
                 norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-                if not torch.isfinite(loss + norm):
-                    raise FloatingPointError(f"step {step}: the loss is {loss.item()}, its gradient {norm.item()}; "
-                                             f"likely the learning rate {args.lr} is too high")
-                optimizer.step()
-                ratio = (logp - part["logp_old"]).exp()                     # (b, T)
-                outside = ((ratio - 1).abs() > args.clip).float()           # (b, T)
-                drift = kl_estimate(part["logp_old"], logp, "k3")           # (b, T)  KL(pi_old || pi)
-                watched = (uncertainty, outside, drift)
-                track.append(torch.stack([average(x.detach(), part["mask"], "token") for x in watched]))
+                check_finite(f"step {step}: the loss or its gradient", loss + norm, args)
+                # 4. Run stochastic gradient ascent on the return: descent on its negative
+                state.optimizer.step()
+        with torch.no_grad():
+            after = world.logits_and_values(policy, {name: x[:1] for name, x in batch.items()})[0]       # (1, T, V)
+        check_finite(f"step {step}: the policy's logits", after, args)  # one answer shows it
 
         kl = average(logp_old - logp_ref, mask).item()  # k1, nats a trajectory: a sum over its steps, so mean over rows
-        explained = explained_variance(values, target, mask).item()
+        explained = explained_variance(values, target, mask).item() if args.weight in USES_VALUES else math.nan
         uncertainty, outside, drift = torch.stack(track).mean(0).tolist()
-        report(step, summary | {"kl": kl, "entropy": uncertainty, "clip_fraction": outside,
-                                "approx_kl": drift, "beta": beta, "explained_variance": explained if c1 else math.nan})
+        summary |= {"kl": kl, "entropy": uncertainty, "clip_fraction": outside, "approx_kl": drift,
+                    "beta": state.beta, "explained_variance": explained}
         if args.kl_target is not None:
-            beta = adapt_beta(beta, kl, args.kl_target, args.batch_size, horizon=500)
+            state.beta = adapt_beta(state.beta, kl, args.kl_target, args.batch_size, horizon=500)
+        state.step = step + 1
+        report(step, summary)
         # 5. Go back to 2.
 
 
+def check_finite(what, x, args):
+    """Raises FloatingPointError unless all of x are numbers."""
+    if not torch.isfinite(x).all():
+        raise FloatingPointError(f"{what}: no longer a number; likely the learning rate {args.lr} is too high")
+
+
 # ------------------------------------------------------------------------------ the language world
-MAX_NEW_TOKENS = 24  # longest answer, its end token included
+REWARDS = ("model", "verifier")
 UNFINISHED = -2.0    # score of an answer that the limit cut off: two standard deviations below the answers before RL
 
 
@@ -170,8 +224,9 @@ class Chat:
 
     def __init__(self, world, tokenizer, reward_model, args):
         self.world, self.tokenizer, self.reward_model = world, tokenizer, reward_model
-        self.temperature, self.device = args.temperature, args.device
+        self.temperature, self.device, self.max_new_tokens = args.temperature, args.device, args.max_new_tokens
         self.verifier = args.reward == "verifier"
+        self.own_reward = None if args.reward in REWARDS else own_reward(args.reward)
         self.reseed(args.seed)
 
     def reseed(self, seed):
@@ -185,7 +240,7 @@ class Chat:
         questions = self.world.questions(B // group, "train", f"{self.seed} {self.batches}")
         batch, answers = self.answer(policy, [q for q in questions for _ in range(group)])
         return batch, {"reward": average(batch["rewards"], batch["mask"]).item(),
-                       "gold": sum(a["verdict"] == "right" for a in answers) / B,
+                       "gold": sum(a["verdict"] == "right" for a in answers) / B if self.world.fact_of else math.nan,
                        "length": batch["mask"].sum(1).float().mean().item(),
                        "finished": sum(a["finished"] for a in answers) / B}
 
@@ -194,13 +249,14 @@ class Chat:
         tokenizer = self.tokenizer
         rows = [tokenizer.prompt(q) for q in questions]
         prompt, prompt_mask = tokenizer.pad_rows(rows, "left", self.device)                  # (B, P), (B, P)
-        tokens, mask, logp, values = generate(policy, prompt, prompt_mask, MAX_NEW_TOKENS, tokenizer.end,
+        tokens, mask, logp, values = generate(policy, prompt, prompt_mask, self.max_new_tokens, tokenizer.end,
                                               self.temperature, self.generator)              # (B, T) each
         finished = (tokens == tokenizer.end).any(1)                                          # (B,)
         texts = [tokenizer.decode(row) for row in tokens.tolist()]
-        verdicts = [self.world.judge(*said) if done else "garbled"  # an answer that the limit cut off is never right
-                    for done, *said in zip(finished.tolist(), questions, texts)]
-        if self.verifier:
+        verdicts = [self.verdict(*said) for said in zip(questions, texts, finished.tolist())]
+        if self.own_reward:
+            score = torch.tensor(self.own_reward(questions, texts), device=self.device)        # (B,)
+        elif self.verifier:
             score = torch.tensor([float(v == "right") for v in verdicts], device=self.device)  # (B,)
         else:
             with torch.no_grad():
@@ -212,6 +268,11 @@ class Chat:
                  "last_value": torch.zeros_like(score)}  # an answer's end is an end: no value after it
         facts = zip(questions, texts, finished.tolist(), verdicts, score.tolist())
         return batch, [dict(zip(("question", "answer", "finished", "verdict", "score"), fact)) for fact in facts]
+
+    def verdict(self, question, answer, finished):
+        """The judge's, or None on a question of your own. An answer that the limit cut off is never right."""
+        if question in self.world.fact_of:
+            return self.world.judge(question, answer) if finished else "garbled"
 
     def logits_and_values(self, policy, batch):
         """The policy's logits (B, T, V) and values (B, T) in the state before each action of the trajectories."""
@@ -252,6 +313,34 @@ def load_tokenizer():
         raise DataError(f"{path} is damaged ({e}): delete it, and it is trained again") from None
 
 
+GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
+GPT2_URL = "https://huggingface.co/{name}/resolve/main/pytorch_model.bin"
+
+
+def load_start(init):
+    """Tokenizer and model of a GPT-2 by its name, fetched and cached, or from a file; None: ours. Raises DataError."""
+    if not init:
+        tokenizer = load_tokenizer()
+        return tokenizer, GPT(GPTConfig(tokenizer.vocab_size, CONTEXT, n_layer=2))
+    try:
+        if Path(init).is_file():
+            weights = torch.load(init, map_location="cpu", weights_only=True)
+        else:
+            url, name = GPT2_URL.format(name=init), f"{init}-pytorch_model.bin"
+            weights = torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=name, weights_only=True)
+        tokenizer = Tokenizer.gpt2()
+        model = GPT.from_gpt2(weights)
+    except OSError as e:
+        raise DataError(f"--init {init}: nothing can be fetched here ({type(e).__name__}). Where there is a network, "
+                        f"fetch {GPT2_URL.format(name='gpt2')} and give its path to --init; tiktoken looks for "
+                        f"its gpt2 encoding in the folder that TIKTOKEN_CACHE_DIR names") from None
+    except Exception as e:
+        raise DataError(f"--init {init}: no GPT-2 in Hugging Face's naming ({type(e).__name__}: {e})") from None
+    if model.config.vocab_size != tokenizer.vocab_size:
+        raise DataError(f"--init {init}: it has {model.config.vocab_size} tokens, GPT-2 {tokenizer.vocab_size}")
+    return tokenizer, model
+
+
 def pretrain(model, tokenizer, lines, seed, steps=800, batch_size=16, lr=4e-3):
     """Slide "RL for LLMs": cross-entropy on every token of the text, cut into windows anywhere."""
     stream = torch.tensor([t for line in lines for t in tokenizer.encode(line) + [tokenizer.end]])  # (N,)
@@ -266,14 +355,14 @@ def pretrain(model, tokenizer, lines, seed, steps=800, batch_size=16, lr=4e-3):
     fit(model, loss_of_step, steps, lr, progress("pretraining", steps))
 
 
-def finetune(model, tokenizer, demonstrations, lines, batch_size=32, lr=3e-3):
+def finetune(model, tokenizer, demonstrations, lines, max_tokens, batch_size=32, lr=3e-3):
     """Supervised fine-tuning: cross-entropy on the answer's tokens; the question is read, not learned.
 
     To every four demonstrations comes one line of pretraining text, or the model would forget how to read it."""
-    rows = [(tokenizer.prompt(question), tokenizer.answer(answer)) for question, answer in demonstrations]
+    rows = [(tokenizer.prompt(question), tokenizer.answer(answer)[:max_tokens]) for question, answer in demonstrations]
     text = [([tokenizer.end], tokenizer.answer(line)) for line in lines]
     device = model.wte.weight.device
-    steps = len(rows) // batch_size
+    steps = math.ceil(len(rows) / batch_size)
 
     def loss_of_step(step):
         here, there = step * batch_size, (step + 1) * batch_size
@@ -292,26 +381,25 @@ def text_loss(model, tokenizer, lines):
     return language_model_loss(model, *tokenizer.pad_rows(rows, "right", model.wte.weight.device)).item()
 
 
-def write_beside(path, write):
-    """Write a file beside its place and rename it, so that nobody ever finds half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    write(temporary)
-    os.replace(temporary, path)
-
-
 class Stages:
     """Results of the stages before RL, in files named by a hash of all that determines them: settings, code, data,
     and the stages before."""
 
-    def __init__(self, folder, sources, settings):
-        self.folder = folder
-        self.key = hashlib.sha256(repr([p.read_bytes() for p in sources] + settings).encode()).hexdigest()
+    def __init__(self, folder, *sources):
+        self.folder, self.key = folder, ""
+        self.depend(*sources)
+
+    def depend(self, *sources):
+        """What follows depends on these: functions (on their code), files (on their content), settings."""
+        for source in sources:
+            if isinstance(source, Path):
+                source = source.read_bytes()
+            text = inspect.getsource(source) if callable(source) else repr(source)
+            self.key = hashlib.sha256((self.key + text).encode()).hexdigest()
 
     def run(self, name, make, *sources):
         """make() -> what torch.save can write; or what an equal stage made before."""
-        code = [inspect.getsource(f) for f in (make, *sources)]
-        self.key = hashlib.sha256((self.key + name + "".join(code)).encode()).hexdigest()
+        self.depend(name, make, *sources)
         path = self.folder / f"{name}-{self.key[:12]}.pt"
         if path.exists():
             print(f"{name:<13} reused from {path}")
@@ -327,56 +415,65 @@ class Stages:
 
 
 def prepare_chat(args):
-    """Tokenizer -> pretraining -> SFT -> preference pairs -> reward model. Returns the Chat and the SFT policy."""
+    """Tokenizer -> pretraining -> SFT -> pairs -> reward model. Returns Chat, SFT policy, held-out text, data key."""
     world = World(args.seed)
-    tokenizer = load_tokenizer()
-    room = CONTEXT - MAX_NEW_TOKENS  # for a question between its two turn tokens; statements stand between two ends
-    for templates, limit in ((QUESTIONS, room - 2), (STATEMENTS, CONTEXT - 2), (RIGHT, MAX_NEW_TOKENS - 1)):
-        for text in (fill(t, f) for kind in KINDS for f in world.facts[kind] for t in templates[kind]):
-            if len(tokenizer.encode(text)) > limit:
-                raise DataError(f"'{text}' has {len(tokenizer.encode(text))} tokens, too many for this model: "
-                                f"shorten its entry in {DATA}")
-    lines, held_out_lines = world.pretraining_text(30_000)
-    folder = args.out / "stages"
-    sources = [Path(__file__).parent / "gpt.py", *sorted(DATA.glob("*.txt")), DATA / "tokenizer.bpe", DATA / "world.py"]
-    settings = [args.seed, args.device, torch.__version__, CONTEXT, MAX_NEW_TOKENS, inspect.getsource(prepare_chat)]
-    stages = Stages(folder, sources, settings)
     torch.manual_seed(args.seed)
-    model = GPT(GPTConfig(tokenizer.vocab_size, CONTEXT, n_layer=2)).to(args.device)
+    tokenizer, model = load_start(args.init)
+    model.to(args.device).config.bf16 = args.bf16
+    pace = 0.02 if args.init else 1.0  # what has learned a lot moves in small steps
+    limit = args.max_new_tokens
+    room = model.config.n_positions - limit - 2  # for a question between its two turn tokens
+    world.check(tokenizer, room, CONTEXT - 2, limit - 1)
+    pairs, demos, prompts = (read_own(Path(path), fields.split(), tokenizer, room, limit) if path else None
+                             for path, fields in ((args.pairs, "prompt chosen rejected"),
+                                                  (args.demos, "prompt response"), (args.prompts, "prompt")))
+    asked = Prompts([row["prompt"] for row in prompts], args.seed) if prompts else world
+    scorer = RewardModel(copy.deepcopy(model)) if args.reward == "model" else None
+    chat = Chat(asked, tokenizer, scorer, args)
+    lines, held_out_lines = world.pretraining_text(30_000)
+    few = min(32, args.micro_batch_size or 32)  # before RL it is the batch size
+    stages = Stages(args.out / "stages", args.seed, args.device, torch.__version__, CONTEXT, limit, few, prepare_chat,
+                    Path(__file__).parent / "gpt.py", *(DATA / name for name in ("world.py", "tokenizer.bpe")),
+                    *sorted(DATA.glob("*.txt")))
 
     def make_pretrained():
         pretrain(model, tokenizer, lines, args.seed)
         return model.state_dict()
 
     def make_sft():
-        finetune(model, tokenizer, world.demonstrations(20_000), lines)
+        shown = [(row["prompt"], row["response"]) for row in demos] if demos else world.demonstrations(20_000)
+        finetune(model, tokenizer, shown, lines, limit, few, 3e-3 * pace)
         return model.state_dict()
 
     def make_reward():
-        pairs_file = folder / f"pairs-{args.seed}.jsonl"
-        write_beside(pairs_file, lambda temporary: write_jsonl(temporary, world.preference_pairs(16_000)))
-        pairs = read_jsonl(pairs_file, ["prompt", "chosen", "rejected"])
-        scorer = RewardModel(copy.deepcopy(model))
-        report = progress("reward model", len(pairs) // 32)
-        dropped = train_reward_model(scorer, pairs, tokenizer, MAX_NEW_TOKENS, report=report)
-        print(f"  {len(pairs)} pairs in {pairs_file}, {dropped} dropped: equal once they are cut")
-        accuracy = {split: pair_accuracy(scorer, world.preference_pairs(2000, split, errors=0.0, seed=1), tokenizer,
-                                         MAX_NEW_TOKENS) for split in ("train", "held_out")}
+        judged, tests = comparisons(world, pairs, stages.folder / f"pairs-{args.seed}.jsonl")
+        scorer.gpt.load_state_dict(model.state_dict())
+        report = progress("reward model", math.ceil(len(judged) / few))
+        dropped = train_reward_model(scorer, judged, tokenizer, limit, 7e-4 * pace, few, report)
+        print(f"  {len(judged)} pairs, {dropped} dropped: equal once they are cut")
+        if dropped == len(judged):
+            raise DataError(f"{args.pairs}: no pair is left to learn from")
+        accuracy = {split: pair_accuracy(scorer, rows, tokenizer, limit) for split, rows in tests.items()}
         return {"model": scorer.state_dict(), "accuracy": accuracy}
 
-    model.load_state_dict(stages.run("pretraining", make_pretrained, pretrain))
-    model.load_state_dict(stages.run("sft", make_sft, finetune))
-    scorer = RewardModel(copy.deepcopy(model))
-    saved = stages.run("reward", make_reward, inspect.getmodule(RewardModel))
-    scorer.load_state_dict(saved["model"])
-    show_accuracy(saved["accuracy"])
-    chat = Chat(world, tokenizer, scorer.requires_grad_(False), args)
-    before, _ = chat.answer(model, world.questions(500, "train", "normalise"))
-    scorer.normalise(*question_and_answer(before))
+    if args.init:
+        stages.depend(Path(args.init) if Path(args.init).is_file() else args.init)
+    else:
+        model.load_state_dict(stages.run("pretraining", make_pretrained, pretrain))
+    model.load_state_dict(stages.run("sft", make_sft, finetune, demos))
+    if scorer:
+        saved = stages.run("reward", make_reward, Path(inspect.getfile(RewardModel)), pairs)
+        scorer.load_state_dict(saved["model"])
+        show_accuracy(saved["accuracy"])
+    n = args.batch_size if args.init else 500  # what fits into memory
+    before, _ = chat.answer(model, asked.questions(n, "train", "normalise"))  # also a first batch for own_reward
     chat.reseed(args.seed)
-    saved = {"config": vars(model.config), "model": scorer.state_dict()}
-    write_beside(args.out / "reward_model.pt", lambda path: torch.save(saved, path))
-    return chat, model, held_out_lines
+    if scorer:
+        scorer.requires_grad_(False).normalise(*question_and_answer(before))
+        saved = {"config": vars(model.config), "model": scorer.state_dict()}
+        write_beside(args.out / "reward_model.pt", lambda path: torch.save(saved, path))
+    stages.depend(prompts, *([Path(args.reward.rpartition(":")[0])] if chat.own_reward else []))
+    return chat, model, held_out_lines[:100 if args.init else None], stages.key
 
 
 def show_accuracy(accuracy):
@@ -388,8 +485,9 @@ def show_accuracy(accuracy):
         shares = []
         for rows in (train, held_out):
             picked = [row for kind, row in rows.items() if kind.startswith(start)]
-            shares.append(sum(share * n for share, n in picked) / sum(n for _, n in picked))
-        print(f"  {name:<63}{shares[0]:>15.1%}{shares[1]:>17.1%}")
+            shares.append(sum(share * n for share, n in picked) / sum(n for _, n in picked) if picked else math.nan)
+        if not math.isnan(shares[0]):  # of one's own pairs the kind is not known
+            print(f"  {name:<63}{shares[0]:>15.1%}{shares[1]:>17.1%}")
 
 
 # ---------------------------------------------------------------------------------- what came of it
@@ -400,10 +498,12 @@ def evaluate(chat, policy, held_out_lines, n=300):
         chat.reseed(12345)  # the same questions and sampling noise for every policy, whatever was trained
         questions = chat.world.questions(n, split, "evaluation")
         answers = [a for i in range(0, n, 100) for a in chat.answer(policy, questions[i:i + 100])[1]]
+        result[split] = {"score": sum(a["score"] for a in answers) / n}
+        if not chat.world.fact_of:
+            continue  # own prompts: nobody knows the right answers
         kinds = [chat.world.fact_of[a["question"]].kind for a in answers]
         share = {kind: [a["verdict"] == "right" for a, k in zip(answers, kinds) if k == kind] for kind in KINDS}
-        result[split] = {"gold": sum(a["verdict"] == "right" for a in answers) / n,
-                         "score": sum(a["score"] for a in answers) / n}
+        result[split] |= {"gold": sum(a["verdict"] == "right" for a in answers) / n}
         result[split] |= {kind: sum(hits) / len(hits) for kind, hits in share.items()}
         result[split] |= {v: sum(a["verdict"] == v for a in answers) / n for v in VERDICTS}
     return result
@@ -415,24 +515,32 @@ def show_evaluation(before, after):
     print("                          SFT       RL           SFT       RL")
     rows = {"gold, all kinds": "gold"} | {f"gold, {kind}": kind for kind in KINDS}
     rows |= {f"answers {v}": v for v in VERDICTS[1:]}
+    if "gold" not in before["train"]:
+        rows = {"score": "score"}
     for name, key in rows.items():
-        cells = [f"{result[split][key]:8.1%}" for split in ("train", "held_out") for result in (before, after)]
+        cells = [f"{result[split][key]:8{'.2f' if key == 'score' else '.1%'}}"
+                 for split in ("train", "held_out") for result in (before, after)]
         print(f"{name:<22}{cells[0]} {cells[1]}      {cells[2]} {cells[3]}")
     print(f"loss on held-out text, nats a token: {before['text_loss']:.2f} before RL, {after['text_loss']:.2f} after")
 
 
-def samples(chat, before, after, n=8):
-    """n held-out questions answered by the SFT policy and by the trained one, with scores, as text."""
-    questions = chat.world.questions(n, "held_out", "samples")
-    chat.reseed(0)
-    old = chat.answer(before, questions)[1]
-    chat.reseed(0)
-    new = chat.answer(after, questions)[1]
+def both_answers(chat, before, after, questions):
+    """Each question with its answers by the SFT policy and by the trained one: [(question, {"SFT": .., "RL": ..})]."""
+    columns = []
+    for policy in (before, after):
+        chat.reseed(0)
+        columns.append(chat.answer(policy, questions)[1])
+    return [(a["question"], {"SFT": a, "RL": b}) for a, b in zip(*columns)]
+
+
+def side_by_side(pairs):
+    """What `both_answers` returned, with scores and verdicts, as text."""
     lines = []
-    for a, b in zip(old, new):
-        lines.append(a["question"])
-        for name, x in (("SFT", a), ("RL ", b)):
-            lines.append(f"  {name} {x['score']:6.2f}  {x['answer']}  [{x['verdict']}]")
+    for question, answers in pairs:
+        lines.append(question)
+        for name, x in answers.items():
+            verdict = f"  [{x['verdict']}]" if x["verdict"] else ""
+            lines.append(f"  {name:<3} {x['score']:6.2f}  {x['answer']}{verdict}")
     return "\n".join(lines) + "\n"
 
 
@@ -450,6 +558,18 @@ def show_cat(world, policy, args, folder):
     print("\nthe likeliest moves never came within 1 % of the optimum")
 
 
+def ask(chat, sft, folder, question):
+    """The SFT policy's and the trained one's answers to one question or, if it is empty, to all that is typed in."""
+    policy, room = copy.deepcopy(sft), sft.config.n_positions - chat.max_new_tokens - 2
+    try:
+        policy.load_state_dict(torch.load(folder / "policy.pt", map_location="cpu", weights_only=True))
+    except Exception as e:
+        raise DataError(f"{folder / 'policy.pt'} is no policy of these flags ({type(e).__name__}): train it") from None
+    for asked in [question] if question else iter(lambda: input("\nquestion, or nothing to end: ").strip(), ""):
+        text = last_tokens(asked, chat.tokenizer, room)
+        print(side_by_side(both_answers(chat, sft, policy, [text])) + "(the beginning was cut)" * (text != asked))
+
+
 COLUMNS = {  # of metrics.csv and the log: what they mean, width, format
     "step": ("", 4, "d"),
     "reward": ("mean score of the sampled answers (grid: return), without KL; up is good unless gold falls", 7, ".3f"),
@@ -463,11 +583,45 @@ COLUMNS = {  # of metrics.csv and the log: what they mean, width, format
 }
 
 
-def run_rl(world, policy, args, folder):
-    """The RL loop with its log, its metrics.csv and, whatever happens, its last good policy."""
-    print("\n" + " ".join(f"{name:>{width}}" for name, (_, width, _) in COLUMNS.items()) + "  seconds left")
-    start = time.time()
-    rows = []
+CHECKPOINT_SHARE = 0.01  # of the time may go into checkpoints
+
+
+def load_checkpoint(path, state, config):
+    """Set `state` to what the file holds; returns the rows of metrics until then. Raises DataError."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        theirs, rows = saved["config"], saved["rows"]
+        other = sorted(key for key in config | theirs if config.get(key) != theirs.get(key))
+        if not other:
+            state.load(saved)
+    except Exception as e:
+        raise DataError(f"{path} is damaged ({type(e).__name__}): run without --resume, from the start") from None
+    if other:
+        raise DataError(f"{path} belongs to another configuration ({', '.join(other)}): give its flags to --resume, "
+                        f"or run without, from the start")
+    return rows
+
+
+def configuration(args):
+    """The flags that make a run what it is."""
+    return {k: v for k, v in vars(args).items() if k not in ("out", "resume", "ask", "seeds")}
+
+
+def run_rl(world, reference, args, folder, data=""):
+    """The RL loop with its log, its metrics.csv, its checkpoints and, whatever happens, its last good policy.
+
+    `reference` is where the policy starts, `data` names all that went into it. Returns the trained policy."""
+    policy = copy.deepcopy(reference).requires_grad_()
+    state, rows = State(world, policy, args, reference.requires_grad_(False)), []
+    config = configuration(args) | {"data": data}
+    path = folder / "checkpoint.pt"
+    due = 0.0
+
+    def checkpoint():
+        nonlocal due
+        begun = time.time()
+        write_beside(path, lambda temporary: torch.save(state.save() | {"rows": rows, "config": config}, temporary))
+        due = time.time() + (time.time() - begun) / CHECKPOINT_SHARE
 
     def report(step, metrics):
         metrics = {"step": step, "samples": (step + 1) * args.batch_size} | metrics | {"seconds": time.time() - start}
@@ -475,33 +629,51 @@ def run_rl(world, policy, args, folder):
         if step % max(1, args.steps // 12) == 0 or step + 1 == args.steps:
             line = " ".join(f"{metrics[name]:>{width}{form}}" for name, (_, width, form) in COLUMNS.items())
             print(f"{line}  {metrics['seconds'] / (step + 1) * (args.steps - step - 1):12.0f}", flush=True)
+        if time.time() > due or step + 1 == args.steps:
+            checkpoint()
 
-    def write_metrics(path):
-        with open(path, "w", newline="") as f:
+    def write_metrics(temporary):
+        with open(temporary, "w", newline="") as f:
             writer = csv.DictWriter(f, rows[0])
             writer.writeheader()
             writer.writerows(rows)
 
+    resume = args.resume and path.exists()
+    if resume:
+        rows = load_checkpoint(path, state, config)
+        print(f"\nresumed from {path}: {state.step} of {args.steps} steps are done")
+    for old in folder.glob("*.part" if resume else "*"):
+        old.unlink()  # or an interrupted run would lie among the results of the one before
+    if not resume:
+        write_beside(folder / "config.json", lambda temporary: temporary.write_text(json.dumps(config, indent=1)))
+        checkpoint()
+    print("\n" + " ".join(f"{name:>{width}}" for name, (_, width, _) in COLUMNS.items()) + "  seconds left")
+    start = time.time() - (rows[-1]["seconds"] if rows else 0)
     try:
-        reinforce(world, policy, args, report)
-    except FloatingPointError as e:
-        raise FloatingPointError(f"{e}. The last good policy is in {folder}") from None
+        reinforce(world, policy, args, report, state)
+    except BaseException as e:
+        rows = load_checkpoint(path, state, config)  # the step was left half done: back to the last good policy
+        if isinstance(e, FloatingPointError):
+            raise FloatingPointError(f"{e}. The last good policy is in {folder}") from None
+        raise
     finally:
-        write_beside(folder / "policy.pt", lambda path: torch.save(policy.state_dict(), path))
+        write_beside(folder / "policy.pt", lambda temporary: torch.save(policy.state_dict(), temporary))
         if rows:
             write_beside(folder / "metrics.csv", write_metrics)
     for name, (meaning, _, _) in COLUMNS.items():
         if meaning:
             print(f"  {name}: {meaning}")
     print("  (A policy-gradient loss is not shown: only its gradient means anything.)")
+    return policy
 
 
 # --------------------------------------------------------------------------------- the command line
 PER_ENV = {  # flags whose default depends on the world
-    "language": {"gamma": 1.0, "steps": 60, "batch_size": 128, "beta": 0.1, "temperature": 0.7,
-                 "vf_coef": 0.1},
+    "language": {"gamma": 1.0, "steps": 60, "batch_size": 128, "beta": 0.1, "temperature": 0.7, "vf_coef": 0.1,
+                 "max_new_tokens": 24},
     "gridworld": {"gamma": 0.99, "steps": 60, "batch_size": 128, "lr": 0.05, "beta": 0.1, "temperature": 1.0,
-                  "vf_coef": 0.01, "grid": GRID, "slip": 0.0, "reward_noise": 0.0, "observe": "cell"},
+                  "vf_coef": 0.01, "max_new_tokens": 1,
+                  "grid": GRID, "slip": 0.0, "reward_noise": 0.0, "observe": "cell"},
 }
 
 
@@ -512,57 +684,75 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
-def parse(argv):
-    """Flags, with what they leave open filled in from the algorithm's row and the world."""
+def flags():
+    """All flags, each declared once."""
     p = OneLineParser(description="Train a policy with reinforcement learning; see README.md.",
-                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--algo", default="reinforce", choices=list(LADDER), help="row of the ladder")
+                      formatter_class=argparse.ArgumentDefaultsHelpFormatter, argument_default=argparse.SUPPRESS)
+    p.add_argument("--algo", default="reinforce", metavar="NAME",
+                   help=f"row of the ladder, or several with commas between, or all: {', '.join(LADDER)}")
     p.add_argument("--env", default="language", choices=list(PER_ENV), help="what to train on")
-    p.add_argument("--reward", default="model", choices=["model", "verifier"],
-                   help="who scores an answer: the learned reward model, or the exact judge")
+    p.add_argument("--reward", default="model", metavar="{model,verifier,FILE.py:FUNCTION}",
+                   help="who scores an answer: the learned reward model, the exact judge, or a function of yours, "
+                        "(prompts, responses) -> list of numbers")
+    g = p.add_argument_group("your own, in the place of the little world's")
+    g.add_argument("--init", metavar="NAME|FILE", default=None,
+                   help=f"begin with GPT-2 instead of pretraining: {', '.join(GPT2)}, or a state dict (.bin, .pt)")
+    g.add_argument("--pairs", metavar="FILE.jsonl", default=None, help="comparisons: prompt, chosen, rejected")
+    g.add_argument("--demos", metavar="FILE.jsonl", default=None, help="demonstrations for SFT: prompt, response")
+    g.add_argument("--prompts", metavar="FILE", default=None, help="prompts for RL: one on each line, or .jsonl")
+    g.add_argument("--max-new-tokens", type=int, help="longest answer, its end included (default: 24, with --init 64)")
     g = p.add_argument_group("columns of the ladder (default: the algorithm's)")
-    g.add_argument("--weight", choices=list(WEIGHTS), help="what multiplies each log-prob", default=argparse.SUPPRESS)
-    g.add_argument("--loss", choices=list(LOSSES), help="policy loss", default=argparse.SUPPRESS)
-    g.add_argument("--epochs", type=int, help="passes over each batch", default=argparse.SUPPRESS)
-    g.add_argument("--kl", choices=["none", "reward", "loss", "full"], default=argparse.SUPPRESS,
+    g.add_argument("--weight", choices=list(WEIGHTS), help="what multiplies each log-prob")
+    g.add_argument("--loss", choices=list(LOSSES), help="policy loss")
+    g.add_argument("--epochs", type=int, help="passes over each batch")
+    g.add_argument("--kl", choices=["none", "reward", "loss", "full"],
                    help="KL to the frozen reference: in the reward, in the loss (estimated), or exact in the loss")
-    g.add_argument("--kl-target", type=float, help="nats a trajectory; adapts beta", default=argparse.SUPPRESS)
-    g.add_argument("--kl-estimator", choices=["k1", "k2", "k3"], help="see ppo.kl_estimate", default=argparse.SUPPRESS)
-    g.add_argument("--group", type=int, help="answers to one prompt", default=argparse.SUPPRESS)
-    g.add_argument("--average", choices=["trajectory", "token", "answer"], default=argparse.SUPPRESS,
+    g.add_argument("--kl-target", type=float, help="nats a trajectory; adapts beta")
+    g.add_argument("--kl-estimator", choices=["k1", "k2", "k3"], help="see ppo.kl_estimate")
+    g.add_argument("--group", type=int, help="answers to one prompt")
+    g.add_argument("--average", choices=["trajectory", "token", "answer"],
                    help="what losses are averaged over; the slides': trajectory")
     g = p.add_argument_group("reinforcement learning")
-    g.add_argument("--steps", type=int, help="batches of trajectories (default: 60)", default=argparse.SUPPRESS)
-    g.add_argument("--batch-size", type=int, default=argparse.SUPPRESS,
-                   help="trajectories a batch (default: 128)")
-    g.add_argument("--minibatches", type=int, default=argparse.SUPPRESS,
-                   help="optimizer steps an epoch (default: 1 with one epoch, else 2)")
-    g.add_argument("--lr", type=float, default=argparse.SUPPRESS,
+    g.add_argument("--steps", type=int, help="batches of trajectories (default: 60)")
+    g.add_argument("--batch-size", type=int, help="trajectories a batch (default: 128)")
+    g.add_argument("--minibatches", type=int, help="optimizer steps an epoch (default: 1 with one epoch, else 2)")
+    g.add_argument("--micro-batch-size", type=int, default=None, metavar="N",
+                   help="trajectories at a time, to save memory; their gradients add up")
+    g.add_argument("--lr", type=float,
                    help="Adam's learning rate (default: language 1e-4, several epochs 3e-5, rloo 3e-4; grid 0.05)")
-    g.add_argument("--beta", type=float, default=argparse.SUPPRESS,
-                   help="price of a nat of KL, in reward (default: 0.1)")
-    g.add_argument("--gamma", type=float, help="discount (default: language 1, grid 0.99)", default=argparse.SUPPRESS)
+    g.add_argument("--beta", type=float, help="price of a nat of KL, in reward (default: 0.1)")
+    g.add_argument("--gamma", type=float, help="discount (default: language 1, grid 0.99)")
     g.add_argument("--lam", type=float, default=0.95, help="lambda of GAE")
     g.add_argument("--clip", type=float, default=0.2, help="epsilon of the clipped loss")
-    g.add_argument("--vf-coef", type=float, default=argparse.SUPPRESS,
-                   help="c1, weight of the value loss (default: language 0.1, grid 0.01)")
+    g.add_argument("--vf-coef", type=float, help="c1, weight of the value loss (default: language 0.1, grid 0.01)")
     g.add_argument("--entropy-coef", type=float, default=0.0, help="c2, weight of the entropy bonus")
-    g.add_argument("--temperature", type=float, default=argparse.SUPPRESS,
+    g.add_argument("--temperature", type=float,
                    help="of the policy, sampling and scoring alike (default: language 0.7, grid 1)")
-    g.add_argument("--whiten", action="store_true", help="whiten the weights of each batch (not on the slides)")
+    g.add_argument("--whiten", action="store_true", default=False, help="whiten the weights (not on the slides)")
     g = p.add_argument_group("grid world")
-    g.add_argument("--grid", default=argparse.SUPPRESS, help=f"what stands where (default: '{GRID}')")
-    g.add_argument("--slip", type=float, default=argparse.SUPPRESS,
-                   help="probability that a move goes in a random direction (default: 0)")
-    g.add_argument("--reward-noise", type=float, default=argparse.SUPPRESS,
-                   help="standard deviation of the noise on every reward (default: 0)")
-    g.add_argument("--observe", choices=["cell", "row"], default=argparse.SUPPRESS,
+    g.add_argument("--grid", help=f"what stands where (default: '{GRID}')")
+    g.add_argument("--slip", type=float, help="probability that a move goes in a random direction (default: 0)")
+    g.add_argument("--reward-noise", type=float, help="standard deviation of the noise on every reward (default: 0)")
+    g.add_argument("--observe", choices=["cell", "row"],
                    help="what the cat sees: where it is, or only in which row (default: cell)")
     g = p.add_argument_group("run")
     g.add_argument("--seed", type=int, default=0, help="of everything")
+    g.add_argument("--seeds", type=int, default=1, help="how many, from --seed on, each with every --algo")
     g.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     g.add_argument("--out", type=Path, default=Path("out"), help="folder of all results")
+    g.add_argument("--ask", nargs="?", const="", default=None, metavar="QUESTION",
+                   help="show the answers of a trained policy instead of training; without a question, ask for some")
+    g.add_argument("--resume", action="store_true", default=False,
+                   help="go on where an interrupted run with the same flags was")
+    return p
+
+
+def parse(argv):
+    """Flags, with what they leave open filled in from the algorithm's row and the world."""
+    p = flags()
     given = p.parse_args(argv)
+    if given.algo not in LADDER:
+        p.error(f"--algo {given.algo}: there are {', '.join(LADDER)}, and all")
     row = LADDER[given.algo]
     columns = row._asdict()
     args = argparse.Namespace(**PER_ENV[given.env], average=columns.pop("over"), **columns)
@@ -573,8 +763,12 @@ def parse(argv):
         args.minibatches = 1 if args.epochs == 1 else 2
     if args.env == "language" and "lr" not in given:  # what figures/rates.py found best of three
         args.lr = 3e-4 if given.algo == "rloo" else 1e-4 if args.epochs == 1 else 3e-5
+    if args.init:
+        args.max_new_tokens = getattr(given, "max_new_tokens", 64)
+        args.lr = getattr(given, "lr", args.lr / 10)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.bf16 = bool(args.init) and args.device == "cuda"  # what is small needs no help
     problem = check(args)
     if problem:
         p.exit(2, f"train.py: {problem}\n")
@@ -583,17 +777,16 @@ def parse(argv):
 
 def check(args):
     """What is wrong with the flags, in one line, or None."""
-    for flag in ("steps", "batch_size", "epochs", "minibatches", "group", "lr", "temperature"):
-        if not getattr(args, flag) > 0 or math.isinf(getattr(args, flag)):
+    for flag in ("steps", "batch_size", "epochs", "minibatches", "group", "lr", "temperature", "max_new_tokens",
+                 "micro_batch_size", "seeds"):
+        if getattr(args, flag) is not None and not 0 < getattr(args, flag) < math.inf:
             return f"--{flag.replace('_', '-')} must be a positive number, not {getattr(args, flag)}"
     for flag in ("beta", "clip", "vf_coef", "entropy_coef", "reward_noise"):
         if not 0 <= getattr(args, flag, 0) < math.inf:
             return f"--{flag.replace('_', '-')} must be 0 or a positive number, not {getattr(args, flag)}"
-    for flag in ("gamma", "lam", "slip"):
-        if not 0 <= getattr(args, flag, 0) <= 1:
-            return f"--{flag} must be between 0 and 1, not {getattr(args, flag)}"
-    if not 0 <= args.seed < 2 ** 31:
-        return f"--seed must be between 0 and {2 ** 31 - 1}, not {args.seed}"
+    for flag, top in (("gamma", 1), ("lam", 1), ("slip", 1), ("seed", 2 ** 31 - 1)):
+        if not 0 <= getattr(args, flag, 0) <= top:
+            return f"--{flag} must be between 0 and {top}, not {getattr(args, flag)}"
     if args.kl_target is not None and args.kl == "none":
         return "--kl-target steers a KL penalty: say where it goes with --kl"
     if args.env == "gridworld":
@@ -612,8 +805,15 @@ def check(args):
             return f"--batch-size {args.batch_size} is not divisible by --{flag} {getattr(args, flag)}"
     if args.weight in ("rloo", "grpo") and args.group < 2:
         return f"--weight {args.weight} compares the answers to one prompt: --group must be at least 2"
-    if args.env == "gridworld" and args.reward == "verifier":
-        return "--reward verifier judges answers; the grid world has its own rewards"
+    for flag in ("init", "pairs", "demos", "prompts", "ask", "reward"):
+        if args.env == "gridworld" and getattr(args, flag) not in (None, "model"):
+            return f"--{flag} is for language; the grid world has its own start and rewards"
+    if args.init and args.init not in GPT2 and not Path(args.init).is_file():
+        return f"--init {args.init}: neither a file nor one of {', '.join(GPT2)}"
+    if args.reward == "verifier" and args.prompts:
+        return "--reward verifier: nobody knows the right answers to --prompts of your own"
+    if args.reward not in REWARDS and ".py:" not in args.reward:
+        return f"--reward must be {', '.join(REWARDS)} or FILE.py:FUNCTION, not {args.reward}"
     if args.device == "cuda" and not torch.cuda.is_available():
         return "--device cuda: no CUDA device here; use --device cpu"
     if args.device == "mps" and not torch.backends.mps.is_available():
@@ -625,41 +825,76 @@ def check(args):
         return f"--out {args.out} cannot be written ({e.strerror})"
 
 
-def main(argv=None):
-    """Run one algorithm from start to end. Returns the exit status: 2 for bad input, 1 for a run that diverged."""
-    args = parse(argv)
+def run(args):
+    """Run one algorithm from start to end."""
     start = time.time()
     folder = args.out / f"{args.env}-{args.algo}-{args.seed}"
-    config = json.dumps({k: str(v) if k == "out" else v for k, v in vars(args).items()}, indent=1)
-    try:
-        for old in folder.glob("*"):
-            old.unlink()  # or an interrupted run would lie among the results of the one before
-        write_beside(folder / "config.json", lambda path: path.write_text(config))
-        if args.env == "gridworld":
-            world = GridWorld(args.grid, args.slip, args.reward_noise, args.observe, gamma=args.gamma,
-                              temperature=args.temperature, seed=args.seed, device=args.device)
-            policy = world.new_policy()
-            run_rl(world, policy, args, folder)
-            show_cat(world, policy, args, folder)
-        else:
-            chat, sft, held_out_lines = prepare_chat(args)
-            policy = copy.deepcopy(sft)
-            run_rl(chat, policy, args, folder)
-            before, after = (evaluate(chat, p, held_out_lines) for p in (sft, policy))
-            show_evaluation(before, after)
-            text = samples(chat, sft, policy)
-            print(f"\nHeld-out questions, before and after:\n{text}")
-            write_beside(folder / "samples.txt", lambda path: path.write_text(text))
-            result = json.dumps({"sft": before, "rl": after}, indent=1)
-            write_beside(folder / "evaluation.json", lambda path: path.write_text(result))
-    except (DataError, OSError) as e:
-        print(f"train.py: {e}", file=sys.stderr)
-        return 2
-    except FloatingPointError as e:
-        print(f"train.py: {e}", file=sys.stderr)
-        return 1
+    if args.env == "gridworld":
+        world = GridWorld(args.grid, args.slip, args.reward_noise, args.observe, gamma=args.gamma,
+                          temperature=args.temperature, seed=args.seed, device=args.device)
+        show_cat(world, run_rl(world, world.new_policy(), args, folder), args, folder)
+    else:
+        if args.ask is not None and not (folder / "policy.pt").exists():
+            raise DataError(f"--ask: there is no {folder / 'policy.pt'} yet; run the same command without --ask first")
+        chat, sft, held_out_lines, data = prepare_chat(args)
+        if args.ask is not None:
+            return ask(chat, sft, folder, args.ask)
+        policy = run_rl(chat, sft, args, folder, data)
+        if (folder / "evaluation.json").exists():
+            return  # resumed after its end
+        before, after = (evaluate(chat, p, held_out_lines) for p in (sft, policy))
+        show_evaluation(before, after)
+        text = side_by_side(both_answers(chat, sft, policy, chat.world.questions(8, "held_out", "samples")))
+        print(f"\nHeld-out questions, before and after:\n{text}")
+        write_beside(folder / "samples.txt", lambda path: path.write_text(text, encoding="utf-8"))
+        rows = [{"prompt": question, "answers": [x["answer"] for x in answers.values()]} for question, answers in
+                both_answers(chat, sft, policy, chat.world.questions(50, "train", "label"))]
+        write_beside(folder / "answers.jsonl", lambda path: write_jsonl(path, rows))
+        result = json.dumps({"sft": before, "rl": after}, indent=1)
+        write_beside(folder / "evaluation.json", lambda path: path.write_text(result))
     files = ", ".join(sorted(p.name for p in folder.iterdir()))
     print(f"{time.time() - start:.0f} s in all; written to {folder}: {files}")
+
+
+def compare(argv, given):
+    """Several algorithms or seeds: run what is missing, go on where one was stopped, put all side by side."""
+    from figures import ladder  # here, as only this needs matplotlib
+    algos = list(LADDER) if given.algo == "all" else given.algo.split(",")
+    runs = [parse([*argv, "--algo", algo, "--seed", str(seed)])
+            for seed in range(given.seed, given.seed + max(1, given.seeds)) for algo in algos]
+    folders, start = [], time.time()
+    for i, args in enumerate(runs, 1):
+        folders.append(args.out / f"{args.env}-{args.algo}-{args.seed}")
+        there = folders[-1] / "config.json"
+        config = configuration(args)
+        args.resume = there.exists() and config.items() <= json.loads(there.read_text()).items()
+        print(f"{i} of {len(runs)}: {args.algo}, seed {args.seed}{', there already' if args.resume else ''}", end="",
+              flush=True)
+        with open(args.out / "compare.log", "a") as log, contextlib.redirect_stdout(log):
+            run(args)
+        print(f"; about {(time.time() - start) / i * (len(runs) - i) / 60:.0f} min left", flush=True)
+    path = args.out / "compare"
+    print("\n" + "\n".join(ladder.write([ladder.read_run(folder) for folder in folders], path)))
+    print(f"\nlog: {path}.log, table: {path}.csv, {path}.md, picture: {path}.png")
+
+
+def main(argv=None):
+    """The command line. Returns the exit status: 0, 1 for a run that diverged, 2 for bad input, 130 for Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    given = flags().parse_args(argv)
+    several = given.algo == "all" or "," in given.algo or given.seeds != 1
+    args = given if several else parse(argv)
+    try:
+        compare(argv, given) if several else run(args)
+    except (DataError, OSError, FloatingPointError) as e:
+        print(f"train.py: {' '.join(str(e).split())}", file=sys.stderr)  # one line, whatever is in it
+        return 1 if isinstance(e, FloatingPointError) else 2
+    except EOFError:
+        return 0  # no more questions
+    except KeyboardInterrupt:
+        again = shlex.join([*argv, *(["--resume"] if not args.resume else [])])
+        print(f"\nstopped. To go on: python train.py {again}", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -11,10 +11,14 @@ Everything is drawn from `random.Random(seed)`: the same seed, the same world.
 Run `python -m data.world`: a few lines of each kind of text.
 """
 import json
+import math
+import os
 import random
+import runpy
 import zlib
 from functools import cache
 from itertools import accumulate, product
+from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,14 +94,18 @@ def fill(template, fact, other=None):
     return text[:1].upper() + text[1:]
 
 
+def read_lines(path):
+    """The lines of a text file. Only a line feed ends one: str.splitlines also cuts at rare characters in a text."""
+    try:
+        return path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except (OSError, ValueError) as e:
+        raise DataError(f"{path}: cannot be read ({e})") from None
+
+
 def read_table(path, fields):
     """Lines 'a | b | ...' of a text file as tuples; raises DataError with file, line and field."""
     rows = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f"{path}: cannot be read ({e})") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip() or line.startswith("#"):
             continue
         row = [field.strip() for field in line.split("|")]
@@ -133,6 +141,14 @@ class World:
             # a longer sum whose working would spell out a held-out one is in neither split
             self.train[kind] = [f for f in facts if not unseen & {group(name) for name in (f.name, *steps(f.name))}]
         self.fact_of = {fill(q, f): f for kind in KINDS for f in self.facts[kind] for q in QUESTIONS[kind]}
+
+    def check(self, tokenizer, question, statement, answer):
+        """Raises DataError unless all questions, statements and answers have at most these numbers of tokens."""
+        for templates, limit in ((QUESTIONS, question), (STATEMENTS, statement), (RIGHT, answer)):
+            for text in (fill(t, f) for kind in KINDS for f in self.facts[kind] for t in templates[kind]):
+                if len(tokenizer.encode(text)) > limit:
+                    raise DataError(f"'{text}' has {len(tokenizer.encode(text))} tokens where there is room for "
+                                    f"{limit}: shorten its entry, or change --max-new-tokens")
 
     # ------------------------------------------------------------------ what people write
     def write(self, rng, fact, verdict, facts):
@@ -228,24 +244,132 @@ class World:
         return {answer.rstrip("."): verdict for answer, verdict in said.items()}
 
 
+def write_beside(path, write):
+    """Write a file beside its place and rename it, so that nobody ever finds half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    write(temporary)
+    os.replace(temporary, path)
+
+
 def write_jsonl(path, rows):
     """One JSON object a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def read_jsonl(path, fields):
-    """The objects of a JSONL file; raises DataError with file, line and field unless each field is a string."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    """The objects of a JSONL file; raises DataError with file, line and field unless each field is a string.
+
+    Where only prompts are asked for, a file of any other name has one on each line. A pair without a prompt may be
+    two transcripts in Anthropic's HH form, see `from_transcripts`."""
+    rows, plain = [], fields == ["prompt"] and path.suffix != ".jsonl"
+    for number, line in enumerate(read_lines(path), 1):
         try:
-            row = json.loads(line)
-        except ValueError:
-            raise DataError(f"{path}, line {number}: not a JSON object") from None
+            row = {"prompt": line} if plain else json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: not a JSON object")
+        if "chosen" in fields and "prompt" not in row:
+            row = from_transcripts(row)
         for field in fields:
-            if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field].strip():
+            text = row.get(field)
+            if not isinstance(text, str) or not text.strip():
                 raise DataError(f"{path}, line {number}: the field '{field}' is missing, empty or not a string")
+            if any(0xD800 <= ord(c) < 0xE000 for c in text):
+                raise DataError(f"{path}, line {number}: the field '{field}' has half a character (a lone surrogate)")
         rows.append(row)
     return rows
+
+
+def from_transcripts(row):
+    """Chosen and rejected as whole dialogues (Bai et al. 2022, HH): what both share, up to an answer, is the prompt.
+
+    A row that has no such form comes back as it is, without a prompt."""
+    both = [row.get(side) for side in ("chosen", "rejected")]
+    turn = "\n\nAssistant:"
+    end = commonprefix(both).rfind(turn) if all(isinstance(text, str) for text in both) else -1
+    if end < 0:
+        return row
+    chosen, rejected = (text[end + len(turn):].strip() for text in both)
+    prompt = both[0][:end].strip().removeprefix("Human:").strip()
+    return row | {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def last_tokens(text, tokenizer, room):
+    """The end of a text that fits into `room` tokens; a text that fits comes back as it is."""
+    tokens = tokenizer.encode(text)
+    if len(tokens) > room:
+        text = tokenizer.encoding.decode(tokens[-room:], errors="ignore").strip()
+        while len(tokenizer.encode(text)) > room:  # half a word can have more tokens alone than in the whole
+            text = text[1:]
+    return text
+
+
+def read_own(path, fields, tokenizer, room, max_tokens):
+    """Rows of one's own file, with prompts that fit into `room` tokens: longer ones lose their beginning.
+
+    Prints how many these are, and how many answers are longer than max_tokens and will be cut. Raises DataError."""
+    rows = read_jsonl(path, fields)
+    cut = 0
+    for row in rows:
+        whole, row["prompt"] = row["prompt"], last_tokens(row["prompt"], tokenizer, room)
+        cut += row["prompt"] != whole
+    long = sum(len(tokenizer.answer(row[field])) > max_tokens for row in rows for field in fields[1:])
+    print(f"{path}: {len(rows)} rows, {cut} prompts cut from the left to {room} tokens, "
+          f"{long} answers longer than {max_tokens} tokens and cut there")
+    return rows
+
+
+class Prompts:
+    """One's own prompts in the place of a World: a fifth is held out, and nobody here knows the answers."""
+    fact_of = {}
+
+    def __init__(self, prompts, seed):
+        unique = list(dict.fromkeys(prompts))
+        print(f"prompts: {len(unique)} different ones, a fifth of them held out" +
+              ("" if len(unique) > 4 else "; too few for that: the same ones train and evaluate"))
+        self.seed = seed
+        self.held_out = unique[4::5] or unique
+        self.train = [p for i, p in enumerate(unique) if i % 5 != 4]
+
+    def questions(self, n, split, seed):
+        """n prompts of the split ('train' or 'held_out')."""
+        return random.Random(f"{self.seed} questions {split} {seed}").choices(getattr(self, split), k=n)
+
+
+def comparisons(world, own, path):
+    """Pairs to learn from and pairs to test on {"train": .., "held_out": ..}: the world's, or nine tenths and a tenth
+    of one's own. The world's labeller writes his judgements to `path`, from where they are read again."""
+    if own:
+        learned = [pair for i, pair in enumerate(own) if i % 10 < 9]
+        return learned, {"train": learned[:2000], "held_out": own[9::10]}
+    write_beside(path, lambda temporary: write_jsonl(temporary, world.preference_pairs(16_000)))
+    tests = {split: world.preference_pairs(2000, split, errors=0.0, seed=1) for split in ("train", "held_out")}
+    return read_jsonl(path, ["prompt", "chosen", "rejected"]), tests
+
+
+def own_reward(name):
+    """`name` FILE.py:FUNCTION -> score(prompts, responses), which returns a number for each response.
+
+    Raises DataError when there is no such function, and `score` when what it returns is anything else."""
+    path, _, function = name.rpartition(":")
+    try:
+        given = runpy.run_path(path)[function]
+    except Exception as e:
+        raise DataError(f"--reward {name}: no such function ({type(e).__name__}: {e})") from None
+
+    def score(prompts, responses):
+        try:
+            scores = [float(x) for x in given(list(prompts), list(responses))]
+        except Exception as e:
+            raise DataError(f"--reward {name} failed ({type(e).__name__}: {e}): it is given two lists of texts, "
+                            f"prompts and responses, and returns a list of numbers") from None
+        if len(scores) != len(responses) or not all(map(math.isfinite, scores)):
+            raise DataError(f"--reward {name} must return a finite number for each of {len(responses)} responses, "
+                            f"not {len(scores)} numbers like {scores[:3]}")
+        return scores
+    return score
 
 
 if __name__ == "__main__":
