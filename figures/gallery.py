@@ -56,9 +56,10 @@ def draw(rows):
             axis.plot(x, smooth(run, "reward"), "-", color=color, lw=2, label=f"{name}: score, reward model")
             axis.plot(x, smooth(run, "gold"), ":", color=color, lw=2, label=f"{name}: right answers, judge")
         kl = [sum(float(row["kl"]) for row in run[-5:]) / 5 for run in (runs[words], runs[RIGHT.words])]
-        text = f"KL at the end {kl[0]:.1f}\nright code {kl[1]:.1f}"
-        axis.text(0.97, 0.05, text, transform=axis.transAxes, ha="right")
-        axis.set_title(words, fontsize=11)
+        text = f"KL at the end: {kl[0]:.1f} nats\nof the right code: {kl[1]:.1f}"
+        axis.text(0.97, 0.33, text, transform=axis.transAxes, ha="right")
+        axis.set_title(words, fontsize=10.5)
+        axis.set_ylim(-0.3, 1.15)  # the first falls out of it, to -2: no answer ends any more
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[1]:
         axis.set_xlabel("sampled answers")
