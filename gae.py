@@ -30,7 +30,7 @@ def discounted_return(rewards, mask, gamma=1.0):
 
 # Slide "REINFORCE Gradient: Reducing Variance" ----------------------------------------------------
 def reward_to_go(rewards, mask, gamma=1.0, last_value=None):
-    """Reward-to-go: G_t = sum_{t' >= t} gamma^(t' - t) r_{t'}, and after the end gamma^(T - t) last_value.
+    """Reward-to-go: G_t = sum_{t' >= t} gamma^(t' - t) r_{t'}, and gamma^(n - t) last_value after the n real steps.
 
     rewards, mask (B, T); last_value (B,) or None for 0. Returns (B, T), 0 on padding."""
     assert rewards.shape == mask.shape

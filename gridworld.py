@@ -1,8 +1,8 @@
 """The cat in the grid: a world so small that everything is known exactly, run through the language model's lines.
 
 State (x, y) in {0 .. k-1}^2; actions left, right, up, down; a move into the wall enters the same cell again. Entering
-earns 0 for an empty cell, -1 for a broom, -10 for a bathtub, +100 for the meat, which ends the episode. A time limit only
-cuts it off: terminated is not truncated, the value of the state reached still counts (for the weights that use V).
+earns 0 for an empty cell, -1 for a broom, -10 for a bathtub, +100 for the meat, which ends the episode. A time limit
+only cuts it off: terminated is not truncated, the value of the state reached still counts (in weights that use V).
     V^pi(s) = sum_a pi(a | s) Q^pi(s, a)                 Q^pi(s, a) = r(s, a) + gamma sum_s' P(s' | s, a) V^pi(s')
     A^pi(s, a) = Q^pi(s, a) - V^pi(s)                    V*(s)      = max_a Q*(s, a)
     J(pi) = mean of V^pi over the start cells, and its exact gradient by differentiating through the linear system
@@ -58,8 +58,8 @@ class GridWorld:
                  seed=0, device="cpu"):
         self.rows = read_grid(grid)
         if not (0 <= slip <= 1 and 0 <= gamma <= 1 and reward_noise >= 0 and observe in ("cell", "row")):
-            raise ValueError(f"slip {slip} and gamma {gamma} must lie between 0 and 1, reward noise {reward_noise} must "
-                             f"not be negative, the cat observes its 'cell' or its 'row', not '{observe}'")
+            raise ValueError(f"slip {slip} and gamma {gamma} must lie between 0 and 1, reward noise {reward_noise} "
+                             f"must not be negative, the cat observes its 'cell' or its 'row', not '{observe}'")
         self.k = k = len(self.rows)
         self.slip, self.reward_noise, self.gamma, self.limit = slip, reward_noise, gamma, limit
         self.temperature, self.device = temperature, device
@@ -219,4 +219,5 @@ if __name__ == "__main__":
     start = time.perf_counter()
     for _ in range(1000):
         world.step(best[world.state])
-    print(f"one step of 4096 cats: {(time.perf_counter() - start) * 1000:.0f} microseconds; state: {4096 * 8 // 1024} KiB")
+    took = (time.perf_counter() - start) * 1000
+    print(f"one step of 4096 cats: {took:.0f} microseconds; what they occupy: {4096 * 8 // 1024} KiB")

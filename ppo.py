@@ -3,7 +3,7 @@
 Three policies, three names:
     logp      log pi_theta(a_t | s_t)      the policy being trained
     logp_old  log pi_theta_old(a_t | s_t)  the same policy when it sampled the data (the slides' "offline")
-    logp_ref  log pi_ref(a_t | s_t)        the frozen pretrained policy
+    logp_ref  log pi_ref(a_t | s_t)        the frozen policy that RL starts from
     ratio_t = pi_theta / pi_theta_old = exp(logp - logp_old)        (a quotient of probabilities, not of their logs)
     L_PPO   = - E sum_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t) + c1 L_VF - c2 entropy
 
@@ -58,8 +58,8 @@ def importance_loss(logp, logp_old, adv, mask, over="trajectory"):
     """Importance sampling: E_old[sum_t ratio_t A_t], the policy gradient from trajectories of an older policy.
 
     All (B, T). grad ratio = ratio * grad log pi: at ratio 1 this is the policy gradient. One ratio a step, as in PPO:
-    that earlier actions made the *state* more or less likely is left out, so it is unbiased only while the two
-    policies are the same, and good while they are close."""
+    that the other actions of the trajectory became more or less likely is left out, so it is unbiased only while
+    the two policies are the same, and good while they are close."""
     assert logp.shape == logp_old.shape == adv.shape == mask.shape
     adv = adv.detach().masked_fill(~mask, 0)             # (B, T)
     ratio = torch.exp((logp - logp_old.detach()).masked_fill(~mask, 0))  # (B, T)
@@ -136,16 +136,16 @@ def score_at_end(score, mask):
     return torch.where(last, score[:, None], 0)
 
 
-def penalised_rewards(rewards, logp, logp_ref, mask, beta, estimator="k1"):
+def penalised_rewards(rewards, logp, logp_ref, mask, beta):
     """KL in the reward: r_t - beta * KL_t, so that also the return of *earlier* tokens pays for leaving pi_ref.
 
     rewards, logp (of the policy that sampled), logp_ref, mask (B, T); beta in reward per nat. Returns (B, T)."""
     assert rewards.shape == logp.shape == mask.shape
-    return (rewards - beta * kl_estimate(logp, logp_ref, estimator)).detach().masked_fill(~mask, 0)
+    return (rewards - beta * kl_estimate(logp, logp_ref)).detach().masked_fill(~mask, 0)
 
 
 def adapt_beta(beta, kl, target, n, horizon=10_000):
-    """Adaptive KL coefficient (Ziegler et al. 2019): beta *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon.
+    """Adaptive KL coefficient (Ziegler et al. 2019): beta *= 1 + clip(kl/target - 1, -0.2, 0.2) * min(n/horizon, 1).
 
     kl, target in nats a trajectory, n trajectories since the last call. Too far from pi_ref: dearer. Returns beta."""
     error = min(max(kl / target - 1, -0.2), 0.2)
@@ -178,4 +178,4 @@ if __name__ == "__main__":
             slope, = torch.autograd.grad(-loss, logp)
             row += f"  {-loss.item():9.2f} {slope.item():7.2f}"
         print(row)
-    print("\nA > 0: nothing to gain beyond 1 + eps. A < 0: nothing below 1 - eps. Wrong moves are never clipped.")
+    print("\nA > 0: nothing to gain above 1 + eps. A < 0: nothing below 1 - eps. A change for the worse always counts.")

@@ -36,7 +36,7 @@ def bradley_terry_loss(chosen, rejected):
 
 # Slide "Reward Model for LLMs" --------------------------------------------------------------------
 class RewardModel(nn.Module):
-    """The GPT with its reward head, read at the last real token; the only one that has seen the whole answer."""
+    """The GPT with its reward head, read at the last real token: the only state that has seen the whole answer."""
 
     def __init__(self, gpt):
         super().__init__()
@@ -126,6 +126,8 @@ def label(path, answers):
     done = [json.loads(line) for line in lines.split("\n")[:-1]]
     seen = {(row["prompt"], *sorted((row["chosen"], row["rejected"]))) for row in done}
     shown = [(row["prompt"], *sorted(row["answers"])) for row in map(json.loads, answers.read_text().splitlines())]
+    if any(len(pair) != 3 for pair in shown):
+        raise ValueError("every line needs exactly two answers")
     shown = [pair for pair in dict.fromkeys(shown) if pair[1] != pair[2] and pair not in seen]
     i, sitting = 0, []  # for each label where it stands: (pair, length of the file before it)
     while i < len(shown):
@@ -160,7 +162,7 @@ def main(argv=None):
             label(args.label, args.path)
         except (EOFError, KeyboardInterrupt):
             print()
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
             print(f"reward.py: {args.label} or {args.path}: {type(e).__name__}: {e}", file=sys.stderr)
             return 2
         return 0

@@ -45,7 +45,7 @@ from gpt import GPT, GPTConfig, Tokenizer, generate, language_model_loss, train_
 from gridworld import GridWorld
 from ppo import (adapt_beta, average, clipped_loss, entropy, explained_variance, full_kl, importance_loss, kl_estimate,
                  log_probs, penalised_rewards, policy_gradient_loss, ppo_loss, score_at_end, value_loss, whiten)
-from reward import RewardModel, bradley_terry_loss, pair_rows
+from reward import RewardModel, bradley_terry_loss, pair_accuracy, pair_rows, train_reward_model
 from train import LADDER, LOSSES, WEIGHTS, Chat, load_tokenizer
 
 B, T, V = 3, 5, 7
@@ -243,6 +243,18 @@ def test_the_pad_is_not_the_end_and_the_mask_of_padded_rows_keeps_the_end():
         assert mask.tolist() == [[token != pad for token in row] for row in tokens]
 
 
+def test_fine_tuning_learns_the_answers_with_their_end_and_not_the_questions(monkeypatch):
+    """Slide "Technical Differences": targets of a demonstration are its answer's tokens; of a line of text, all."""
+    seen = []
+    monkeypatch.setattr(train, "language_model_loss", lambda model, tokens, target: seen.append(
+        [tokens[i][target[i]].tolist() for i in range(len(tokens))]) or model.wte.weight.sum())
+    demos = [("Q", "A"), ("Who are you", "me"), ("Where", "here"), ("Why", "so"), ("When", "now")]
+    train.finetune(tiny_gpt(BYTES.vocab_size).requires_grad_(), BYTES, demos, ["some text"] * 2, 3, batch_size=4)
+    answers = [BYTES.answer(answer)[:3] for _, answer in demos]  # cut at three tokens
+    text = BYTES.answer("some text")
+    assert seen == [[*answers[:4], text], [answers[4], text]]
+
+
 def test_the_end_token_is_learned_and_the_pad_is_not():
     """Slide "RL for LLMs": a step on the loss makes stopping likelier, and the pad gets no gradient at all."""
     tokens, mask = BYTES.pad_rows([BYTES.answer("A"), BYTES.answer("four")], "right")
@@ -379,7 +391,7 @@ def test_grid_value_iteration_finds_the_best_of_all_policies_of_a_2_by_2_grid(fl
 
 
 def test_grid_exact_values_are_those_of_looking_60_moves_ahead(float64):
-    """Slide "Advantage Function": V^pi and Q^pi of the linear system, slips included; the mean over a of A(s, a) is 0."""
+    """Slide "Advantage Function": V^pi and Q^pi of the linear system, slips included; A(s, a) is 0 in the mean."""
     world = GridWorld("Cb/TM", slip=0.3, gamma=0.5)
     go = {0: (0, 1, 0, 2), 1: (0, 1, 1, 3), 2: (2, 3, 0, 2)}  # cell -> cells left, right, up, down; 3 is the meat
     pays = {0: 0, 1: -1, 2: -10, 3: 100}
@@ -476,7 +488,7 @@ def test_grid_a_truncated_episode_goes_on_in_V(float64):
 
 
 def test_grid_ppo_ends_optimal_in_every_cell(tmp_path, capsys):
-    """Slide "RL Toy Example": "find policy that collects maximum expected return": PPO's likeliest moves are optimal."""
+    """Slide "RL Toy Example": the policy of "maximum expected return": PPO's likeliest moves are optimal everywhere."""
     assert train.main(["--env", "gridworld", "--algo", "ppo", "--out", str(tmp_path)]) == 0
     world = GridWorld()
     policy = world.new_policy()
@@ -676,6 +688,25 @@ def test_the_score_is_read_at_the_last_real_token_and_padding_moves_it_nowhere()
         assert (abs(RewardModel(gpt)(tokens, mask) - score) > 1e-3).all()
 
 
+def test_the_reward_model_learns_which_answer_was_chosen():
+    """Slide "Reward Model for LLMs": after one epoch of pairs in which "!" beats "?", fresh ones are in that order."""
+    letters = "abcdefghij"
+    pairs = [{"prompt": a + b, "chosen": b + "!", "rejected": b + "?"} for a in letters for b in letters]
+    model = RewardModel(tiny_gpt(BYTES.vocab_size, noise=0.02).requires_grad_())
+    assert train_reward_model(model, pairs[:90], BYTES, 8, lr=1e-2, batch_size=3) == 0
+    (share, n), = pair_accuracy(model, pairs[90:], BYTES, 8).values()
+    assert n == 10 and share == 1
+    (share, n), = pair_accuracy(model, [{"prompt": "a", "chosen": "b?", "rejected": "b!"}], BYTES, 8).values()
+    assert share == 0
+
+
+def test_the_reward_head_starts_as_large_as_the_papers_say():
+    """Slide "Calculating Rewards": weights N(0, 1/(C + 1)), Stiennon et al. 2020, so scores start near size 1."""
+    torch.manual_seed(0)
+    weight = GPT(GPTConfig(8, 8, 1, 1, 1000)).reward_head.weight
+    close(weight.std(), 1 / math.sqrt(1001), 4 / math.sqrt(2000 * 1001))
+
+
 def test_pairs_that_are_equal_after_cutting_are_dropped():
     """Slide "Reward Model for LLMs": answers are cut at max_tokens, and a pair without a difference teaches nothing."""
     pairs = [{"prompt": "P", "chosen": "abcX", "rejected": "abcY", "kind": "lost"},
@@ -756,6 +787,24 @@ def test_an_answer_that_cannot_fit_is_refused():
     generate(tiny_gpt(), torch.zeros(1, 4, dtype=int), ones(1, 4), 28, END)
     with pytest.raises(ValueError):
         generate(tiny_gpt(), torch.zeros(1, 4, dtype=int), ones(1, 4), 29, END)
+
+
+def test_rl_asks_training_questions_in_groups_and_the_evaluation_asks_both_kinds(monkeypatch):
+    """Slide "Recap: REINFORCE": prompts are training questions, group neighbours share theirs; held out is held out."""
+    world, tokenizer = World(0), load_tokenizer()
+    policy = GPT(GPTConfig(tokenizer.vocab_size, 64, 1, 2, 16))
+    chat = Chat(world, tokenizer, RewardModel(policy), train.parse(["--reward", "verifier"]))
+    asked, questions = [], world.questions
+    monkeypatch.setattr(world, "questions", lambda n, split, seed: asked.append((n, split)) or questions(n, split, seed))
+    batch, _ = chat.sample(policy, 6, group=3)
+    prompts = batch["prompt"].view(2, 3, -1)
+    assert (prompts == prompts[:, :1]).all() and (prompts[0, 0] != prompts[1, 0]).any()
+    monkeypatch.setattr(world, "judge", lambda question, answer: "right" if "Rome" in question else "wrong")
+    monkeypatch.setattr(chat, "verdict", lambda question, answer, finished: world.judge(question, answer))
+    batch, answers = chat.answer(policy, ["Where is Rome?", "Where is Paris?"])
+    assert batch["rewards"].sum(1).tolist() == [1, 0]  # the verifier's
+    train.evaluate(chat, policy, ["some text"], n=60)
+    assert asked == [(2, "train"), (60, "train"), (60, "held_out")]
 
 
 def test_an_unfinished_answer_earns_a_fixed_low_score():
@@ -1347,7 +1396,7 @@ class OneToken:
         return policy.logits(h), policy.value(h)
 
 
-def learned(*flags, steps=80):
+def learned(*flags, steps=80, world=None, report=lambda step, metrics: None):
     """What train.reinforce makes of a fresh GPT: pi before and after, each (5,)."""
     flags = ["--lr", "0.02", "--batch-size", "256", "--steps", str(steps), "--out", tempfile.gettempdir(), *flags]
     args = train.parse(flags)
@@ -1356,7 +1405,7 @@ def learned(*flags, steps=80):
     def pi():
         return softmax(policy.logits(policy(torch.tensor([[3]])))[0, 0]).detach()
     before = pi()
-    train.reinforce(OneToken(), policy, args, lambda step, metrics: None)
+    train.reinforce(world or OneToken(), policy, args, report)
     return before, pi()
 
 
@@ -1367,6 +1416,34 @@ def test_kl_our_loop_converges_to_the_regularised_optimum(flags):
     pi_ref, pi = learned("--algo", "baseline", "--beta", str(beta), *flags.split())
     best = pi_ref * (OneToken.reward / beta).exp()
     close(pi, best / best.sum(), 0.03)
+
+
+def test_entropy_bonus_in_our_loop_makes_the_policy_proportional_to_exp_R_over_c2():
+    """Slide "PPO Loss": E[R] + c2 entropy has its maximum at exp(R / c2) / Z; without its gradient it would not."""
+    _, pi = learned("--algo", "baseline", "--entropy-coef", "0.5")
+    best = (OneToken.reward / 0.5).exp()
+    close(pi, best / best.sum(), 0.03)
+
+
+def test_kl_of_the_log_is_that_of_the_samples_and_steers_beta():
+    """Slide "Regularization": the mean over answers of log pi_old / pi_ref, and beta after each batch, by hand."""
+    actions, told, world = [], [], OneToken()
+    sample = world.sample
+
+    def kept(*args):
+        batch, metrics = sample(*args)
+        actions.append(batch)
+        return batch, metrics
+    world.sample = kept
+    pi_ref, _ = learned("--algo", "ppo-adaptive-kl", "--kl-target", "0.3", "--beta", "0.4", steps=12, world=world,
+                        report=lambda step, metrics: told.append(metrics))
+    beta = 0.4
+    for batch, metrics in zip(actions, told):
+        kl = (batch["logp_old"] - pi_ref[batch["actions"]].log()).mean().item()
+        close([metrics["kl"], metrics["beta"]], [kl, beta], 1e-5)
+        beta *= 1 + min(max(kl / 0.3 - 1, -0.2), 0.2) * 256 / 500
+    betas = [metrics["beta"] for metrics in told]
+    assert min(betas) < 0.4 and betas[-1] > min(betas)  # below the target first, above it later
 
 
 def test_kl_for_beta_to_0_our_loop_finds_the_argmax_and_for_beta_to_infinity_stays_at_the_reference():
@@ -1566,7 +1643,7 @@ def test_the_worked_example_of_each_file_runs(file, says, capsys, monkeypatch, t
 
 
 def test_the_readme_ladder_is_the_committed_csv():
-    """README: its table of rungs is made from figures/ladder.csv, those of the grid from gridworld.csv, variance.csv."""
+    """README: its tables are made from figures/ladder.csv, gridworld.csv, variance.csv, the rates from rates.csv."""
     rows = list(csv.DictReader(open(ROOT / "figures" / "ladder.csv")))
     assert "\n".join(ladder.table(rows)) in README
     rows = list(csv.DictReader(open(ROOT / "figures" / "gridworld.csv")))
@@ -1602,7 +1679,7 @@ def test_several_algorithms_and_seeds_run_once_go_on_and_start_anew_when_a_flag_
     assert train.main(flags) == 130 and len(sampled) == 8  # stopped in the second step of the third run
     assert train.main(flags) == 0 and len(sampled) == 8 + 2 + 3
     assert train.main(flags) == 0 and len(sampled) == 13
-    assert "4 of 4: ppo-kl, seed 1, there already" in capsys.readouterr().out
+    assert "4 of 4: ppo-kl, seed 1" in capsys.readouterr().out
     rows = list(csv.DictReader(open(tmp_path / "compare.csv")))
     assert [(row["algo"], row["seed"], row["samples"]) for row in rows] == [
         ("reinforce", "0", "24"), ("ppo-kl", "0", "24"), ("reinforce", "1", "24"), ("ppo-kl", "1", "24")]
@@ -1617,8 +1694,8 @@ def test_confidence_intervals_and_curves_of_the_ladder_by_hand():
     assert math.isnan(ladder.interval([5.0])[1])
     close(ladder.smooth([6.0, 0, 0, 0, 0, 6]), [6, 3, 2, 1.5, 1.2, 1.2])
     runs = [{"algo": algo, "seed": seed, "lr": "1e-4", "gold": gold, "gold_peak": 0, "reward": 0, "kl": 0, "entropy": 0,
-             "length": 0} for algo, seed, gold in [("ppo", 1, 0.2), ("ppo", 2, 0.5), ("ppo-kl", 1, 0.3), ("ppo-kl", 2, 0.8),
-                                                   ("ppo-kl", 3, 0.0)]]
+             "length": 0} for algo, seed, gold in [("ppo", 1, 0.2), ("ppo", 2, 0.5),
+                                                   ("ppo-kl", 1, 0.3), ("ppo-kl", 2, 0.8), ("ppo-kl", 3, 0.0)]]
     lines = ladder.table(runs)  # paired: seed 1 gains 10, seed 2 gains 30, seed 3 has no partner
     assert lines[2].endswith("|  |") and lines[3].endswith("| +20 ± 127 |")
 

@@ -53,7 +53,7 @@ class Algorithm(NamedTuple):
     kl_target: Optional[float] = None  # KL in nats a trajectory, held by adapting beta; None: beta is fixed
     kl_estimator: str = "k1"
     group: int = 1         # answers to one prompt
-    over: str = "trajectory"  # what a loss is averaged over
+    average: str = "trajectory"  # what a loss is averaged over
 
 
 SEVERAL = 4
@@ -68,7 +68,7 @@ LADDER = {
     "ppo":             Algorithm("gae",          "clipped",         SEVERAL, "none",   None),
     "ppo-kl":          Algorithm("gae",          "clipped",         SEVERAL, "reward", None),
     "ppo-adaptive-kl": Algorithm("gae",          "clipped",         SEVERAL, "reward", 6.0),
-    # past the slides, as in their papers
+    # past the slides, after their papers
     "rloo":            Algorithm("rloo",         "policy-gradient", 1,       "reward", None, "k1", 4),
     "grpo":            Algorithm("grpo",         "clipped",         SEVERAL, "loss",   None, "k3", 4, "answer"),
 }
@@ -89,7 +89,7 @@ LOSSES = {  # logp (B, T), the trajectories b, the flags -> scalar
 
 
 # ---------------------------------------------------------------------------------- the RL loop
-class State:
+class Training:
     """What one step of the loop leaves to the next. A checkpoint holds all of it, so a stopped run goes on exactly."""
 
     def __init__(self, world, policy, args, reference=None):
@@ -113,8 +113,29 @@ class State:
         for generator, state in zip((self.shuffle, self.world.generator), saved["random"]):
             generator.set_state(state)
 
+    def anneal(self, args):
+        """The learning rate of this step: falls linearly to 0, or noise has the last word."""
+        self.optimizer.param_groups[0]["lr"] = args.lr * (1 - self.step / args.steps)
 
-def total_loss(world, policy, part, state, args):
+    def finish(self, report, batch, metrics, watched, args):
+        """After the updates on a batch: are the policy's logits numbers, what does the log say, is beta right?"""
+        with torch.no_grad():
+            one = {name: x[:1] for name, x in batch.items()}  # one answer shows it
+            check_finite(f"step {self.step}: the policy's logits", self.world.logits_and_values(self.policy, one)[0], args)
+        kl = average(batch["logp_old"] - batch["logp_ref"], batch["mask"]).item()  # k1, nats a trajectory
+        explained = math.nan
+        if args.weight in USES_VALUES:
+            explained = explained_variance(batch["values"], batch["target"], batch["mask"]).item()
+        metrics |= dict(zip(("entropy", "clip_fraction", "approx_kl"), torch.stack(watched).mean(0).tolist()))
+        metrics |= {"kl": kl, "beta": self.beta, "explained_variance": explained}
+        if args.kl_target is not None:
+            # horizon, in answers: short, as a whole run of ours has fewer than the 10,000 of the paper
+            self.beta = adapt_beta(self.beta, kl, args.kl_target, args.batch_size, horizon=500)
+        self.step += 1
+        report(self.step - 1, metrics)
+
+
+def total_loss(world, policy, part, training, args):
     """What the updates minimise, on the trajectories `part`: scalar, and what the log watches, (3,).
 
     Watched are means over tokens: entropy, share of ratios outside the clip, KL(pi_old || pi)."""
@@ -127,79 +148,78 @@ def total_loss(world, policy, part, state, args):
     loss = ppo_loss(LOSSES[args.loss](logp, part, args), value_loss(values, part["target"], mask, over),
                     average(uncertainty, mask, over), c1, args.entropy_coef)
     if args.kl == "loss":
-        loss = loss + state.beta * average(kl_estimate(logp, part["logp_ref"], args.kl_estimator), mask, over)
+        loss = loss + training.beta * average(kl_estimate(logp, part["logp_ref"], args.kl_estimator), mask, over)
     elif args.kl == "full":
         with torch.no_grad():
-            logits_ref, _ = world.logits_and_values(state.reference, part)   # (b, T, V)
-        loss = loss + state.beta * average(full_kl(logits, logits_ref), mask, over)
+            logits_ref, _ = world.logits_and_values(training.reference, part)   # (b, T, V)
+        loss = loss + training.beta * average(full_kl(logits, logits_ref), mask, over)
     logp, logp_old = logp.detach(), part["logp_old"]
     outside = ((torch.exp(logp - logp_old) - 1).abs() > args.clip).float()   # (b, T)
     watched = (uncertainty.detach(), outside, kl_estimate(logp_old, logp, "k3"))
     return loss, torch.stack([average(x, mask, "token") for x in watched])
 
 
-def parts(batch, n):
-    """The trajectories of a batch (a dictionary of tensors), n at a time."""
-    for some in zip(*(x.split(n) for x in batch.values())):
-        yield dict(zip(batch, some))
+def pieces(batch, args):
+    """The trajectories of a batch (a dictionary of tensors), --micro-batch-size at a time: what fits into memory."""
+    n = args.micro_batch_size or args.batch_size
+    for rows in zip(*(x.split(n) for x in batch.values())):
+        yield dict(zip(batch, rows))
 
 
 @torch.no_grad()
-def scored(world, policy, batch, n):
-    """Log-probs (B, T) of the actions of a batch, n trajectories at a time: (n, T, V) is the largest tensor."""
-    return torch.cat([log_probs(world.logits_and_values(policy, b)[0], b["actions"]) for b in parts(batch, n)])
+def rescore(world, policy, batch, args):
+    """log pi(a_t | s_t) (B, T) of a batch's actions under any policy."""
+    return torch.cat([log_probs(world.logits_and_values(policy, b)[0], b["actions"]) for b in pieces(batch, args)])
 
 
-def reinforce(world, policy, args, report, state=None):
+def weigh(world, batch, training, args):
+    """Adds to the batch what the losses need, each (B, T): logp_ref, weight, and target, what V should learn."""
+    batch["logp_ref"] = rescore(world, training.reference, batch, args)
+    rewards, values, mask = batch["rewards"], batch["values"], batch["mask"]
+    if args.kl == "reward":
+        rewards = penalised_rewards(rewards, batch["logp_old"], batch["logp_ref"], mask, training.beta)
+    weight = WEIGHTS[args.weight](rewards, values, mask, batch["last_value"], args)
+    batch["target"] = weight + values  # only read where V is used; there weight is an estimate of the return minus V
+    batch["weight"] = whiten(weight, mask) if args.whiten else weight
+
+
+def policy_gradient(world, policy, part, training, args):
+    """Puts the gradient of `total_loss` on `part` into policy.grad. Returns what the log watches, a list of (3,)."""
+    policy.zero_grad()
+    watched = []
+    count = torch.sum if args.average == "token" else len  # what the average divides by
+    for piece in pieces(part, args):                       # their gradients add up, each with its share of the mean
+        loss, seen = total_loss(world, policy, piece, training, args)
+        (loss * (count(piece["mask"]) / count(part["mask"]))).backward()
+        watched.append(seen)
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    check_finite(f"step {training.step}: the loss or its gradient", loss + norm, args)
+    return watched
+
+
+def reinforce(world, policy, args, report, training=None):
     """Slide "Recap: REINFORCE". Trains `policy` in place; calls report(step, metrics) after every batch.
 
-    `state` (a `State`) tells where to begin; None: at the start.
+    `training` tells where to begin; None: at the start.
     Raises FloatingPointError when the loss, its gradient or the policy's logits are no longer numbers."""
     # 1. Initialize the network that parametrizes the agent: `policy`, and a frozen copy of it, the reference
-    state = state or State(world, policy, args)
-    few = args.micro_batch_size or args.batch_size  # that many trajectories at a time fit into memory
-    for step in range(state.step, args.steps):
-        state.optimizer.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)  # to 0, or noise has the last word
+    training = training or Training(world, policy, args)
+    while training.step < args.steps:
+        training.anneal(args)
         # 2. Sample a number of trajectories and rewards with the current network
-        batch, summary = world.sample(policy, args.batch_size, args.group)
-        logp_ref = scored(world, state.reference, batch, few)                                            # (B, T)
+        batch, metrics = world.sample(policy, args.batch_size, args.group)
         if args.bf16:
-            batch["logp_old"] = scored(world, policy, batch, few)  # token by token it rounds in another way
-        rewards, mask, values, logp_old = (batch[k] for k in ("rewards", "mask", "values", "logp_old"))  # each (B, T)
-        if args.kl == "reward":
-            rewards = penalised_rewards(rewards, logp_old, logp_ref, mask, state.beta, args.kl_estimator)
-        weight = WEIGHTS[args.weight](rewards, values, mask, batch["last_value"], args)                  # (B, T)
-        target = weight + values  # where V is used, weight is an estimate of the return minus V    (B, T)
-        batch |= {"logp_ref": logp_ref, "weight": whiten(weight, mask) if args.whiten else weight, "target": target}
-
-        track = []
+            batch["logp_old"] = rescore(world, policy, batch, args)  # token by token it rounds in another way
+        weigh(world, batch, training, args)
+        watched = []
         for epoch in range(args.epochs):
-            for rows in torch.randperm(args.batch_size, generator=state.shuffle).chunk(args.minibatches):
+            for rows in torch.randperm(args.batch_size, generator=training.shuffle).chunk(args.minibatches):
                 part = {name: x[rows.to(x.device)] for name, x in batch.items()}
-                # 3. Use the samples to approximate the policy gradient, whose pieces add up: each gets its share
-                state.optimizer.zero_grad()
-                for piece in parts(part, few):
-                    loss, watched = total_loss(world, policy, piece, state, args)
-                    count = torch.sum if args.average == "token" else len  # what the average divides by
-                    (loss * (count(piece["mask"]) / count(part["mask"]))).backward()
-                    track.append(watched)
-                norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-                check_finite(f"step {step}: the loss or its gradient", loss + norm, args)
+                # 3. Use the samples to approximate the policy gradient
+                watched += policy_gradient(world, policy, part, training, args)
                 # 4. Run stochastic gradient ascent on the return: descent on its negative
-                state.optimizer.step()
-        with torch.no_grad():
-            after = world.logits_and_values(policy, {name: x[:1] for name, x in batch.items()})[0]       # (1, T, V)
-        check_finite(f"step {step}: the policy's logits", after, args)  # one answer shows it
-
-        kl = average(logp_old - logp_ref, mask).item()  # k1, nats a trajectory: a sum over its steps, so mean over rows
-        explained = explained_variance(values, target, mask).item() if args.weight in USES_VALUES else math.nan
-        uncertainty, outside, drift = torch.stack(track).mean(0).tolist()
-        summary |= {"kl": kl, "entropy": uncertainty, "clip_fraction": outside, "approx_kl": drift,
-                    "beta": state.beta, "explained_variance": explained}
-        if args.kl_target is not None:
-            state.beta = adapt_beta(state.beta, kl, args.kl_target, args.batch_size, horizon=500)
-        state.step = step + 1
-        report(step, summary)
+                training.optimizer.step()
+        training.finish(report, batch, metrics, watched, args)
         # 5. Go back to 2.
 
 
@@ -239,7 +259,7 @@ class Chat:
         self.batches += 1
         questions = self.world.questions(B // group, "train", f"{self.seed} {self.batches}")
         batch, answers = self.answer(policy, [q for q in questions for _ in range(group)])
-        return batch, {"reward": average(batch["rewards"], batch["mask"]).item(),
+        return batch, {"reward": batch["rewards"].sum(1).mean().item(),
                        "gold": sum(a["verdict"] == "right" for a in answers) / B if self.world.fact_of else math.nan,
                        "length": batch["mask"].sum(1).float().mean().item(),
                        "finished": sum(a["finished"] for a in answers) / B}
@@ -432,7 +452,7 @@ def prepare_chat(args):
     chat = Chat(asked, tokenizer, scorer, args)
     lines, held_out_lines = world.pretraining_text(30_000)
     few = min(32, args.micro_batch_size or 32)  # before RL it is the batch size
-    stages = Stages(args.out / "stages", args.seed, args.device, torch.__version__, CONTEXT, limit, few, prepare_chat,
+    stages = Stages(args.out / "stages", vars(model.config), args.seed, args.device, torch.__version__, CONTEXT, limit, few, prepare_chat,
                     Path(__file__).parent / "gpt.py", *(DATA / name for name in ("world.py", "tokenizer.bpe")),
                     *sorted(DATA.glob("*.txt")))
 
@@ -548,7 +568,8 @@ def show_cat(world, policy, args, folder):
     """The grid with the policy's likeliest moves and its exact values, and when these moves were first good enough."""
     with torch.no_grad():
         values = world.exact_values(world.probabilities(policy))[0]
-    print(f"\nlikeliest moves, and what the cell is worth to this policy:\n\n{world.draw(world.greedy(policy), values)}")
+    print("\nlikeliest moves, and what the cell is worth to this policy:\n")
+    print(world.draw(world.greedy(policy), values))
     moves, found = 0, "never"
     for row in csv.DictReader(open(folder / "metrics.csv")):
         if float(row["greedy"]) >= 0.99:
@@ -584,16 +605,18 @@ COLUMNS = {  # of metrics.csv and the log: what they mean, width, format
 
 
 CHECKPOINT_SHARE = 0.01  # of the time may go into checkpoints
+RUN_FILES = ("config.json", "checkpoint.pt", "metrics.csv", "policy.pt", "samples.txt", "answers.jsonl",
+             "evaluation.json")
 
 
-def load_checkpoint(path, state, config):
-    """Set `state` to what the file holds; returns the rows of metrics until then. Raises DataError."""
+def load_checkpoint(path, training, config):
+    """Set `training` to what the file holds; returns the rows of metrics until then. Raises DataError."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         theirs, rows = saved["config"], saved["rows"]
         other = sorted(key for key in config | theirs if config.get(key) != theirs.get(key))
         if not other:
-            state.load(saved)
+            training.load(saved)
     except Exception as e:
         raise DataError(f"{path} is damaged ({type(e).__name__}): run without --resume, from the start") from None
     if other:
@@ -603,8 +626,10 @@ def load_checkpoint(path, state, config):
 
 
 def configuration(args):
-    """The flags that make a run what it is."""
-    return {k: v for k, v in vars(args).items() if k not in ("out", "resume", "ask", "seeds")}
+    """What makes a run what it is: its flags, and the code that is in its loop."""
+    code = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("gae", "gridworld", "ppo", "train")]
+    flags = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "ask", "seeds")}
+    return flags | {"code": hashlib.sha256(b"".join(code)).hexdigest()[:12]}
 
 
 def run_rl(world, reference, args, folder, data=""):
@@ -612,7 +637,7 @@ def run_rl(world, reference, args, folder, data=""):
 
     `reference` is where the policy starts, `data` names all that went into it. Returns the trained policy."""
     policy = copy.deepcopy(reference).requires_grad_()
-    state, rows = State(world, policy, args, reference.requires_grad_(False)), []
+    training, rows = Training(world, policy, args, reference.requires_grad_(False)), []
     config = configuration(args) | {"data": data}
     path = folder / "checkpoint.pt"
     due = 0.0
@@ -620,7 +645,7 @@ def run_rl(world, reference, args, folder, data=""):
     def checkpoint():
         nonlocal due
         begun = time.time()
-        write_beside(path, lambda temporary: torch.save(state.save() | {"rows": rows, "config": config}, temporary))
+        write_beside(path, lambda temporary: torch.save(training.save() | {"rows": rows, "config": config}, temporary))
         due = time.time() + (time.time() - begun) / CHECKPOINT_SHARE
 
     def report(step, metrics):
@@ -640,19 +665,26 @@ def run_rl(world, reference, args, folder, data=""):
 
     resume = args.resume and path.exists()
     if resume:
-        rows = load_checkpoint(path, state, config)
-        print(f"\nresumed from {path}: {state.step} of {args.steps} steps are done")
-    for old in folder.glob("*.part" if resume else "*"):
-        old.unlink()  # or an interrupted run would lie among the results of the one before
+        try:
+            rows = load_checkpoint(path, training, config)
+        except DataError:
+            if args.resume != "if equal":
+                raise
+            resume, training = False, Training(world, policy, args, reference)
+    if resume:
+        print(f"\nresumed from {path}: {training.step} of {args.steps} steps are done")
+    for name in ("*.part", *(() if resume else RUN_FILES)):
+        for old in folder.glob(name):
+            old.unlink()  # or an interrupted run would lie among the results of the one before
     if not resume:
         write_beside(folder / "config.json", lambda temporary: temporary.write_text(json.dumps(config, indent=1)))
         checkpoint()
     print("\n" + " ".join(f"{name:>{width}}" for name, (_, width, _) in COLUMNS.items()) + "  seconds left")
     start = time.time() - (rows[-1]["seconds"] if rows else 0)
     try:
-        reinforce(world, policy, args, report, state)
+        reinforce(world, policy, args, report, training)
     except BaseException as e:
-        rows = load_checkpoint(path, state, config)  # the step was left half done: back to the last good policy
+        rows = load_checkpoint(path, training, config)  # the step was left half done: back to the last good policy
         if isinstance(e, FloatingPointError):
             raise FloatingPointError(f"{e}. The last good policy is in {folder}") from None
         raise
@@ -663,8 +695,8 @@ def run_rl(world, reference, args, folder, data=""):
     for name, (meaning, _, _) in COLUMNS.items():
         if meaning:
             print(f"  {name}: {meaning}")
-    print("  (A policy-gradient loss is not shown: only its gradient means anything. metrics.csv also has beta, approx_kl =\n"
-          "  KL(pi_old || pi) after the updates, and greedy, the gold of a cat that always makes its likeliest move.)")
+    print("  (A policy-gradient loss is not shown: only its gradient means anything. metrics.csv also has beta, approx_kl,\n"
+          "  the mean KL(pi_old || pi) a token during the updates, and greedy, the gold of a cat's likeliest moves.)")
     return policy
 
 
@@ -683,6 +715,9 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+    def exit(self, status=0, message=""):
+        super().exit(status, " ".join(message.split()) + "\n" if message else None)
 
 
 def flags():
@@ -718,7 +753,7 @@ def flags():
     g.add_argument("--batch-size", type=int, help="trajectories a batch (default: 128)")
     g.add_argument("--minibatches", type=int, help="optimizer steps an epoch (default: 1 with one epoch, else 2)")
     g.add_argument("--micro-batch-size", type=int, default=None, metavar="N",
-                   help="trajectories at a time, to save memory; their gradients add up")
+                   help="trajectories at a time, to save memory; gradients add up (SFT, reward model: batch of <= N)")
     g.add_argument("--lr", type=float,
                    help="Adam's learning rate (default: language 1e-4, several epochs 3e-5, rloo 3e-4; grid 0.05)")
     g.add_argument("--beta", type=float, help="price of a nat of KL, in reward (default: 0.1)")
@@ -739,7 +774,8 @@ def flags():
     g = p.add_argument_group("run")
     g.add_argument("--seed", type=int, default=0, help="of everything")
     g.add_argument("--seeds", type=int, default=1, help="how many, from --seed on, each with every --algo")
-    g.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
+    g.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
+                   help="where to compute; auto: cuda if there is one, else cpu")
     g.add_argument("--out", type=Path, default=Path("out"), help="folder of all results")
     g.add_argument("--ask", nargs="?", const="", default=None, metavar="QUESTION",
                    help="show the answers of a trained policy instead of training; without a question, ask for some")
@@ -755,11 +791,10 @@ def parse(argv):
     if given.algo not in LADDER:
         p.error(f"--algo {given.algo}: there are {', '.join(LADDER)}, and all")
     row = LADDER[given.algo]
-    columns = row._asdict()
-    args = argparse.Namespace(**PER_ENV[given.env], average=columns.pop("over"), **columns)
+    args = argparse.Namespace(**PER_ENV[given.env], **row._asdict())
     vars(args).update(vars(given))
-    if args.kl == "loss" and row.kl != "loss" and "kl_estimator" not in given:
-        args.kl_estimator = "k2"  # as a loss, k1 has no gradient in expectation
+    if args.kl != row.kl and "kl_estimator" not in given:  # as a loss, k1 has no gradient in expectation
+        args.kl_estimator = "k2" if args.kl == "loss" else "k1"
     if "minibatches" not in args:
         args.minibatches = 1 if args.epochs == 1 else 2
     if args.env == "language" and "lr" not in given:  # what figures/rates.py found best of three
@@ -799,6 +834,10 @@ def check(args):
             return f"--env gridworld: {e}"
     elif any(flag in args for flag in ("grid", "slip", "reward_noise", "observe")):
         return "--grid, --slip, --reward-noise and --observe belong to --env gridworld"
+    if args.kl_target is not None and args.beta == 0:
+        return "--beta 0 cannot be steered to a --kl-target: it is multiplied"
+    if args.kl == "reward" and args.kl_estimator != "k1":
+        return "--kl reward takes k1: in the reward, the gradients of k2 and k3 are not the KL's"
     if args.kl_target is not None and not 0 < args.kl_target < math.inf:
         return f"--kl-target must be a positive number of nats, not {args.kl_target}"
     for flag in ("minibatches", "group"):
@@ -860,19 +899,19 @@ def run(args):
 def compare(argv, given):
     """Several algorithms or seeds: run what is missing, go on where one was stopped, put all side by side."""
     from figures import ladder  # here, as only this needs matplotlib
-    algos = list(LADDER) if given.algo == "all" else given.algo.split(",")
+    algos = list(LADDER) if given.algo == "all" else list(dict.fromkeys(given.algo.split(",")))
     runs = [parse([*argv, "--algo", algo, "--seed", str(seed)])
             for seed in range(given.seed, given.seed + max(1, given.seeds)) for algo in algos]
     folders, start = [], time.time()
     for i, args in enumerate(runs, 1):
-        folders.append(args.out / f"{args.env}-{args.algo}-{args.seed}")
-        there = folders[-1] / "config.json"
-        config = configuration(args)
-        args.resume = there.exists() and config.items() <= json.loads(there.read_text()).items()
-        print(f"{i} of {len(runs)}: {args.algo}, seed {args.seed}{', there already' if args.resume else ''}", end="",
-              flush=True)
+        args.resume = "if equal"
+        print(f"{i} of {len(runs)}: {args.algo}, seed {args.seed}", end="", flush=True)
         with open(args.out / "compare.log", "a") as log, contextlib.redirect_stdout(log):
-            run(args)
+            try:
+                run(args)
+                folders.append(args.out / f"{args.env}-{args.algo}-{args.seed}")
+            except FloatingPointError as e:
+                print(f"; {e}", end="", file=sys.stderr)  # and the others go on
         print(f"; about {(time.time() - start) / i * (len(runs) - i) / 60:.0f} min left", flush=True)
     path = args.out / "compare"
     print("\n" + "\n".join(ladder.write([ladder.read_run(folder) for folder in folders], path)))
@@ -884,6 +923,8 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     given = flags().parse_args(argv)
     several = given.algo == "all" or "," in given.algo or given.seeds != 1
+    if several and given.ask is not None:
+        flags().error("--ask asks one policy: give one --algo and no --seeds")
     args = given if several else parse(argv)
     try:
         compare(argv, given) if several else run(args)

@@ -1,4 +1,4 @@
-"""The learning rate of every rung: three are tried, on seed 100, which no other figure uses.
+"""The learning rate of every rung: three are tried, on seed 100, which the comparison of figures/ladder.py does not use.
 
 The yardstick is what the rungs with a KL maximise, on training questions: score - 0.1 * KL, mean of the last ten
 batches. Neither the judge nor a held-out question is looked at; the reward alone would favour the rate that exploits
@@ -23,10 +23,11 @@ def main():
     for algo in RUNGS:
         for rate in RATES:
             out = OUT / rate
-            metrics = out / f"language-{algo}-100" / "metrics.csv"
-            if not metrics.exists() and train(["--algo", algo, "--lr", rate, "--seed", "100", "--out", str(out)]):
-                raise SystemExit(f"{algo} with lr {rate} failed")
-            last = list(csv.DictReader(open(metrics)))[-10:]
+            folder = out / f"language-{algo}-100"
+            if not (folder / "evaluation.json").exists():  # the last file of a run
+                if train(["--algo", algo, "--lr", rate, "--seed", "100", "--out", str(out)]):
+                    raise SystemExit(f"{algo} with lr {rate} failed")
+            last = list(csv.DictReader(open(folder / "metrics.csv")))[-10:]
             reward, kl = (sum(float(row[column]) for row in last) / len(last) for column in ("reward", "kl"))
             rows.append({"algo": algo, "lr": rate, "score": round(reward, 3), "kl": round(kl, 2),
                          "score - 0.1 KL": round(reward - BETA * kl, 3)})

@@ -1,9 +1,9 @@
-"""Slide "REINFORCE Gradient: Reducing Variance" in numbers: bias and spread of every weight, against the exact gradient.
+"""Slide "REINFORCE Gradient: Reducing Variance" in numbers: bias and spread of every weight, by the exact gradient.
 
 In the grid with gamma = 0.9, of one fixed policy that mostly knows the way: pi(a | s) = softmax(Q*(s, a) / 5). No time
 limit, so nothing is cut off; and from reward-to-go on the weights carry the gamma^t that belongs to a discounted J and
-that nearly every code drops, ours too: the row "GAE 1.0, no gamma^t" shows what that costs. Weights with a V are measured
-with the true V^pi, and with one that is off by a standard deviation of 10 a cell, as a learned V may be.
+that nearly every code drops, ours too: the row "GAE 1.0, no gamma^t" shows what that costs. Weights with a V are
+measured with the true V^pi, and with one that is off by a standard deviation of 10 a cell, as a learned V may be.
     bias     |E[g] - grad J| / |grad J|, E[g] from 20,000 trajectories; noise: the length that sampling alone gives it
     cosine   of the angle between E[g] and grad J: what is only too long or too short has 1
     spread   sqrt(E|g - E[g]|^2) / |grad J| of the gradient g from one trajectory
@@ -27,7 +27,7 @@ LAMBDAS = [1.0, 0.95, 0.9, 0.7, 0.5, 0.0]
 
 
 def measure(world, policy, weight, lam, discount):
-    """(bias, noise, spread, cosine) of the sampled gradient of the policy's logits with this row of WEIGHTS, times discount^t."""
+    """(bias, noise, spread, cosine) of the sampled gradient of the logits with this row of WEIGHTS times discount^t."""
     flags = SimpleNamespace(gamma=world.gamma, lam=lam)
     world.generator.manual_seed(0)  # the same trajectories for every weight
     gradients = []
@@ -38,7 +38,7 @@ def measure(world, policy, weight, lam, discount):
         logp = log_probs(world.logits_and_values(policy, b)[0], b["actions"])                         # (B, T)
         loss = policy_gradient_loss(logp, w, b["mask"])
         gradients.append(-torch.autograd.grad(loss, policy.logits)[0])  # minus: the loss is that of -J
-    g, exact = torch.stack(gradients), world.exact_gradient(policy)                                   # (N, S, 4), (S, 4)
+    g, exact = torch.stack(gradients), world.exact_gradient(policy)                  # (N, S, 4), (S, 4)
     variance = g.var(0).sum().item()                                                 # of the mean of BATCH trajectories
     size = exact.norm().item()
     return ((g.mean(0) - exact).norm().item() / size, (variance / BATCHES) ** 0.5 / size,
@@ -81,7 +81,7 @@ def main():
         axes[0].plot([row["spread"] for row in picked], y, marker, color=color, ms=8)
         axes[1].barh([i + (-0.12 if values == "off by 10" else 0.12) for i in y], [row["noise"] for row in picked], 0.2,
                      color=color, alpha=0.3)
-        axes[1].plot([row["bias"] for row in picked], y, marker, color=color, ms=8, label="no V" if values == "none" else f"V {values}")
+        axes[1].plot([row["bias"] for row in picked], y, marker, color=color, ms=8, label=f"V: {values}")
     axes[0].set(title="spread of one trajectory's gradient", xlabel="times the length of the exact gradient",
                 yticks=range(0, -len(names), -1), yticklabels=names, xlim=0)
     axes[1].set(title="bias", xlabel="share of the exact gradient's length (pale bar: sampling noise alone)", xlim=0)
@@ -89,7 +89,7 @@ def main():
     for axis in axes:
         axis.grid(axis="y", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("A baseline narrows the gradient fivefold; GAE narrows it further while V is true, and else pays with bias")
+    figure.suptitle("A baseline narrows the gradient fivefold; GAE narrows it further while V is true, else it pays with bias")
     figure.tight_layout()
     figure.savefig(HERE / "variance.png", dpi=130)
 
