@@ -795,7 +795,7 @@ def test_rl_asks_training_questions_in_groups_and_the_evaluation_asks_both_kinds
     policy = GPT(GPTConfig(tokenizer.vocab_size, 64, 1, 2, 16))
     chat = Chat(world, tokenizer, RewardModel(policy), train.parse(["--reward", "verifier"]))
     asked, questions = [], world.questions
-    monkeypatch.setattr(world, "questions", lambda n, split, seed: asked.append((n, split)) or questions(n, split, seed))
+    monkeypatch.setattr(world, "questions", lambda *given: asked.append(given[:2]) or questions(*given))
     batch, _ = chat.sample(policy, 6, group=3)
     prompts = batch["prompt"].view(2, 3, -1)
     assert (prompts == prompts[:, :1]).all() and (prompts[0, 0] != prompts[1, 0]).any()

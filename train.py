@@ -121,7 +121,8 @@ class Training:
         """After the updates on a batch: are the policy's logits numbers, what does the log say, is beta right?"""
         with torch.no_grad():
             one = {name: x[:1] for name, x in batch.items()}  # one answer shows it
-            check_finite(f"step {self.step}: the policy's logits", self.world.logits_and_values(self.policy, one)[0], args)
+            logits, _ = self.world.logits_and_values(self.policy, one)  # (1, T, V)
+            check_finite(f"step {self.step}: the policy's logits", logits, args)
         kl = average(batch["logp_old"] - batch["logp_ref"], batch["mask"]).item()  # k1, nats a trajectory
         explained = math.nan
         if args.weight in USES_VALUES:
@@ -452,8 +453,8 @@ def prepare_chat(args):
     chat = Chat(asked, tokenizer, scorer, args)
     lines, held_out_lines = world.pretraining_text(30_000)
     few = min(32, args.micro_batch_size or 32)  # before RL it is the batch size
-    stages = Stages(args.out / "stages", vars(model.config), args.seed, args.device, torch.__version__, CONTEXT, limit, few, prepare_chat,
-                    Path(__file__).parent / "gpt.py", *(DATA / name for name in ("world.py", "tokenizer.bpe")),
+    stages = Stages(args.out / "stages", vars(model.config), args.seed, args.device, torch.__version__, CONTEXT, limit,
+                    few, prepare_chat, Path(__file__).parent / "gpt.py", DATA / "world.py", DATA / "tokenizer.bpe",
                     *sorted(DATA.glob("*.txt")))
 
     def make_pretrained():
@@ -604,6 +605,15 @@ COLUMNS = {  # of metrics.csv and the log: what they mean, width, format
 }
 
 
+def explain_columns():
+    """What the log's columns mean."""
+    for name, (meaning, _, _) in COLUMNS.items():
+        if meaning:
+            print(f"  {name}: {meaning}")
+    print("  (A policy-gradient loss is not shown: only its gradient means anything. metrics.csv also has beta,\n"
+          "  approx_kl, KL(pi_old || pi) a token during the updates, and greedy, the gold of likeliest moves.)")
+
+
 CHECKPOINT_SHARE = 0.01  # of the time may go into checkpoints
 RUN_FILES = ("config.json", "checkpoint.pt", "metrics.csv", "policy.pt", "samples.txt", "answers.jsonl",
              "evaluation.json")
@@ -623,6 +633,14 @@ def load_checkpoint(path, training, config):
         raise DataError(f"{path} belongs to another configuration ({', '.join(other)}): give its flags to --resume, "
                         f"or run without, from the start")
     return rows
+
+
+def write_csv(path, rows):
+    """Rows, dictionaries of equal keys, as a CSV file."""
+    with open(path, "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def configuration(args):
@@ -657,12 +675,6 @@ def run_rl(world, reference, args, folder, data=""):
         if time.time() > due or step + 1 == args.steps:
             checkpoint()
 
-    def write_metrics(temporary):
-        with open(temporary, "w", newline="") as f:
-            writer = csv.DictWriter(f, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-
     resume = args.resume and path.exists()
     if resume:
         try:
@@ -670,8 +682,7 @@ def run_rl(world, reference, args, folder, data=""):
         except DataError:
             if args.resume != "if equal":
                 raise
-            resume, training = False, Training(world, policy, args, reference)
-    if resume:
+            return run_rl(world, reference, argparse.Namespace(**vars(args) | {"resume": False}), folder, data)
         print(f"\nresumed from {path}: {training.step} of {args.steps} steps are done")
     for name in ("*.part", *(() if resume else RUN_FILES)):
         for old in folder.glob(name):
@@ -691,12 +702,8 @@ def run_rl(world, reference, args, folder, data=""):
     finally:
         write_beside(folder / "policy.pt", lambda temporary: torch.save(policy.state_dict(), temporary))
         if rows:
-            write_beside(folder / "metrics.csv", write_metrics)
-    for name, (meaning, _, _) in COLUMNS.items():
-        if meaning:
-            print(f"  {name}: {meaning}")
-    print("  (A policy-gradient loss is not shown: only its gradient means anything. metrics.csv also has beta, approx_kl,\n"
-          "  the mean KL(pi_old || pi) a token during the updates, and greedy, the gold of a cat's likeliest moves.)")
+            write_beside(folder / "metrics.csv", lambda temporary: write_csv(temporary, rows))
+    explain_columns()
     return policy
 
 
@@ -741,8 +748,7 @@ def flags():
     g.add_argument("--weight", choices=list(WEIGHTS), help="what multiplies each log-prob")
     g.add_argument("--loss", choices=list(LOSSES), help="policy loss")
     g.add_argument("--epochs", type=int, help="passes over each batch")
-    g.add_argument("--kl", choices=["none", "reward", "loss", "full"],
-                   help="KL to the frozen reference: in the reward, in the loss (estimated), or exact in the loss")
+    g.add_argument("--kl", choices=["none", "reward", "loss", "full"], help="where it is charged; full: exact, in loss")
     g.add_argument("--kl-target", type=float, help="nats a trajectory; adapts beta")
     g.add_argument("--kl-estimator", choices=["k1", "k2", "k3"], help="see ppo.kl_estimate")
     g.add_argument("--group", type=int, help="answers to one prompt")
@@ -769,8 +775,7 @@ def flags():
     g.add_argument("--grid", help=f"what stands where (default: '{GRID}')")
     g.add_argument("--slip", type=float, help="probability that a move goes in a random direction (default: 0)")
     g.add_argument("--reward-noise", type=float, help="standard deviation of the noise on every reward (default: 0)")
-    g.add_argument("--observe", choices=["cell", "row"],
-                   help="what the cat sees: where it is, or only in which row (default: cell)")
+    g.add_argument("--observe", choices=["cell", "row"], help="what the cat sees of where it is (default: cell)")
     g = p.add_argument_group("run")
     g.add_argument("--seed", type=int, default=0, help="of everything")
     g.add_argument("--seeds", type=int, default=1, help="how many, from --seed on, each with every --algo")

@@ -78,7 +78,8 @@ EXERCISES = [
              "the value target is not detached", "only_the_trained", "the same, until V is part of the target's graph"),
     Exercise("ppo.py", "return policy_term + c1 * value_term - c2 * entropy_term",
              "return policy_term + c1 * value_term + c2 * entropy_term",
-             "entropy is added to the loss, as on the slide", "entropy", "with --entropy-coef: rises faster, then sticks to one answer"),
+             "entropy is added to the loss, as on the slide", "entropy",
+             "with --entropy-coef: rises faster, then sticks to one answer"),
     # Regularization
     Exercise("ppo.py", "log_r = logp_ref - logp  ", "log_r = logp - logp_ref  ",
              "the KL has its ratio upside down", "kl", "rises faster: leaving the reference is paid for"),

@@ -108,7 +108,7 @@ def cell(values, digits, sign=""):
 
 
 def draw(runs, path):
-    """Gold and score against samples and against seconds: a line a rung, mean over seeds, pale from lowest to highest."""
+    """Gold and score against samples and against seconds: a line a rung, mean over seeds; pale: lowest to highest."""
     figure, axes = plt.subplots(2, 2, figsize=(12, 8), sharey="row", sharex="col")
     for i, algo in enumerate(LADDER):
         curves = [c for row, c in runs if row["algo"] == algo]
@@ -126,7 +126,7 @@ def draw(runs, path):
     axes[1, 0].set(ylabel="score: the reward model (grid: return)", xlabel="sampled trajectories")
     axes[1, 1].set_xlabel("seconds of RL")
     axes[1, 1].legend(fontsize=8, loc="lower right", ncols=2)
-    figure.suptitle(f"Every rung on equal terms: the truth above, what is rewarded below ({seeds} seeds: mean, and range)")
+    figure.suptitle(f"Every rung on equal terms: the truth above, what is rewarded below ({seeds} seeds)")
     figure.tight_layout()
     figure.savefig(path.with_suffix(".png"), dpi=110)
 

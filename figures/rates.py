@@ -1,4 +1,4 @@
-"""The learning rate of every rung: three are tried, on seed 100, which the comparison of figures/ladder.py does not use.
+"""The learning rate of every rung: three are tried on seed 100, which is none of those that are compared.
 
 The yardstick is what the rungs with a KL maximise, on training questions: score - 0.1 * KL, mean of the last ten
 batches. Neither the judge nor a held-out question is looked at; the reward alone would favour the rate that exploits

@@ -89,7 +89,7 @@ def main():
     for axis in axes:
         axis.grid(axis="y", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("A baseline narrows the gradient fivefold; GAE narrows it further while V is true, else it pays with bias")
+    figure.suptitle("A baseline narrows the gradient fivefold, GAE more; where V is wrong, it pays with bias")
     figure.tight_layout()
     figure.savefig(HERE / "variance.png", dpi=130)
 
