@@ -1375,6 +1375,7 @@ def test_beta_rises_when_the_policy_is_too_far_and_falls_when_it_is_near():
     """Slide "Regularization": beta *= 1 + clip(KL / target - 1, -0.2, 0.2) n / horizon, by hand."""
     for kl, factor in ((60.0, 1.02), (6.6, 1.01), (6.0, 1.0), (5.4, 0.99), (0.0, 0.98)):
         close(adapt_beta(0.5, kl, target=6.0, n=100, horizon=1000), 0.5 * factor)
+    close(adapt_beta(0.5, 0.0, target=6.0, n=9000, horizon=1000), 0.5 * 0.8)  # a huge batch is no more than a horizon
 
 
 class OneToken:
@@ -1622,7 +1623,10 @@ def test_every_command_that_the_readme_shows_is_understood(monkeypatch, tmp_path
     for command in commands:
         script, *flags = shlex.split(command)
         if script == "train.py":
-            train.parse([flag.replace("X", "ppo") for flag in flags])
+            flags = [flag.replace("X", "ppo") for flag in flags]
+            algo = train.flags().parse_args(flags).algo
+            for one in LADDER if algo == "all" else algo.split(","):
+                train.parse([*flags, "--algo", one])
         elif script == "-m":
             assert flags[0] in ("pip", "pytest") or (ROOT / (flags[0].replace(".", "/") + ".py")).exists(), command
         else:
