@@ -2,13 +2,16 @@
 
     python train.py --algo reinforce         the language model: pretraining, SFT, reward model, RL
     python train.py --algo ppo-kl            the stages before RL are reused, only the algorithm changes
+    python train.py --algo all --seeds 3     every rung of the ladder, side by side
     python train.py --env gridworld          the cat, through the same loop
 
 The loop is the slide "Recap: REINFORCE" and never changes. The algorithms are rows of one table, LADDER; each row
 differs from the row above it in one column (several epochs also bring minibatches and a smaller step).
 A world (language or grid) offers what the loop needs:
-    world.sample(policy, B, group) -> trajectories: tensors with a first dimension of B, and a summary of them
+    world.sample(policy, B, group) -> trajectories, a dictionary of tensors, and a summary of them for the log:
+        actions, mask, logp_old, values, rewards (B, T), last_value (B,), and what the world itself needs, (B, ..)
     world.logits_and_values(policy, trajectories) -> (B, T, V), (B, T)
+    world.generator, all of its randomness
 Left out: several GPUs, early stopping, whatever changes nothing in the formulas.
 """
 import os
