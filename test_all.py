@@ -1550,7 +1550,7 @@ def test_every_flag_is_used():
     "--minibatches 0", "--batch-size 7 --algo ppo", "--group 3 --batch-size 8", "--weight rloo", "--lr nan", "--lr -1",
     "--gamma 1.5", "--lam nan", "--beta -1", "--clip inf", "--temperature 0", "--kl reward --kl-target 0",
     "--kl-target 3", "--device cuda", "--out /proc/nowhere", "--env gridworld --reward verifier",
-    "--env gridworld --gamma 1",
+    "--env gridworld --gamma 1", "--name a/b", "--name a --seeds 2",
 ])
 def test_bad_input_gets_one_line_and_status_2(flags, capsys, tmp_path, monkeypatch):
     """Bad input: one line on stderr that says what to do, exit status 2, no traceback, nothing written."""
@@ -1684,7 +1684,7 @@ def test_several_algorithms_and_seeds_run_once_go_on_and_start_anew_when_a_flag_
     assert train.main(flags) == 130 and len(sampled) == 8  # stopped in the second step of the third run
     assert train.main(flags) == 0 and len(sampled) == 8 + 2 + 3
     assert train.main(flags) == 0 and len(sampled) == 13
-    assert "4 of 4: ppo-kl, seed 1" in capsys.readouterr().out
+    assert "4 of 4: gridworld-ppo-kl-1" in capsys.readouterr().out
     rows = list(csv.DictReader(open(tmp_path / "compare.csv")))
     assert [(row["algo"], row["seed"], row["samples"]) for row in rows] == [
         ("reinforce", "0", "24"), ("ppo-kl", "0", "24"), ("reinforce", "1", "24"), ("ppo-kl", "1", "24")]

@@ -649,7 +649,7 @@ def write_csv(path, rows):
 def configuration(args):
     """What makes a run what it is: its flags, and the code that is in its loop."""
     code = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("gae", "gridworld", "ppo", "train")]
-    flags = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "ask", "seeds")}
+    flags = {k: v for k, v in vars(args).items() if k not in ("out", "name", "resume", "ask", "seeds")}
     return flags | {"code": hashlib.sha256(b"".join(code)).hexdigest()[:12]}
 
 
@@ -785,6 +785,7 @@ def flags():
     g.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
                    help="where to compute; auto: cuda if there is one, else cpu")
     g.add_argument("--out", type=Path, default=Path("out"), help="folder of all results")
+    g.add_argument("--name", default=None, help="of the run's folder in it, before -SEED (default: world-algorithm)")
     g.add_argument("--ask", nargs="?", const="", default=None, metavar="QUESTION",
                    help="show the answers of a trained policy instead of training; without a question, ask for some")
     g.add_argument("--resume", action="store_true", default=False,
@@ -862,6 +863,8 @@ def check(args):
         return "--reward verifier: nobody knows the right answers to --prompts of your own"
     if args.reward not in REWARDS and ".py:" not in args.reward:
         return f"--reward must be {', '.join(REWARDS)} or FILE.py:FUNCTION, not {args.reward}"
+    if args.name is not None and Path(args.name).name != args.name:
+        return f"--name {args.name}: the name of a folder, not a path; --out says where it lies"
     if args.device == "cuda" and not torch.cuda.is_available():
         return "--device cuda: no CUDA device here; use --device cpu"
     if args.device == "mps" and not torch.backends.mps.is_available():
@@ -873,10 +876,15 @@ def check(args):
         return f"--out {args.out} cannot be written ({e.strerror})"
 
 
+def run_folder(args):
+    """Where a run keeps its results."""
+    return args.out / f"{args.name or f'{args.env}-{args.algo}'}-{args.seed}"
+
+
 def run(args):
     """Run one algorithm from start to end."""
     start = time.time()
-    folder = args.out / f"{args.env}-{args.algo}-{args.seed}"
+    folder = run_folder(args)
     if args.env == "gridworld":
         world = GridWorld(args.grid, args.slip, args.reward_noise, args.observe, gamma=args.gamma,
                           temperature=args.temperature, seed=args.seed, device=args.device)
@@ -904,24 +912,32 @@ def run(args):
     print(f"{time.time() - start:.0f} s in all; written to {folder}: {files}")
 
 
-def compare(argv, given):
-    """Several algorithms or seeds: run what is missing, go on where one was stopped, put all side by side."""
-    from figures import ladder  # here, as only this needs matplotlib
-    algos = list(LADDER) if given.algo == "all" else list(dict.fromkeys(given.algo.split(",")))
-    runs = [parse([*argv, "--algo", algo, "--seed", str(seed)])
-            for seed in range(given.seed, given.seed + max(1, given.seeds)) for algo in algos]
+def run_all(runs):
+    """Run what is missing of these, each a Namespace of flags as `parse` returns; go on where one was stopped.
+
+    Returns the folders of those that came to their end."""
     folders, start = [], time.time()
     for i, args in enumerate(runs, 1):
         args.resume = "if equal"
-        print(f"{i} of {len(runs)}: {args.algo}, seed {args.seed}", end="", flush=True)
+        folder = run_folder(args)
+        print(f"{i} of {len(runs)}: {folder.name}", end="", flush=True)
         with open(args.out / "compare.log", "a") as log, contextlib.redirect_stdout(log):
             try:
                 run(args)
-                folders.append(args.out / f"{args.env}-{args.algo}-{args.seed}")
+                folders.append(folder)
             except FloatingPointError as e:
                 print(f"; {e}", end="", file=sys.stderr)  # and the others go on
         print(f"; about {(time.time() - start) / i * (len(runs) - i) / 60:.0f} min left", flush=True)
-    path = args.out / "compare"
+    return folders
+
+
+def compare(argv, given):
+    """Several algorithms or seeds, each with equal start and reward model, put side by side."""
+    from figures import ladder  # here, as only this needs matplotlib
+    algos = list(LADDER) if given.algo == "all" else list(dict.fromkeys(given.algo.split(",")))
+    folders = run_all([parse([*argv, "--algo", algo, "--seed", str(seed)])
+                       for seed in range(given.seed, given.seed + max(1, given.seeds)) for algo in algos])
+    path = given.out / "compare"
     print("\n" + "\n".join(ladder.write([ladder.read_run(folder) for folder in folders], path)))
     print(f"\nlog: {path}.log, table: {path}.csv, {path}.md, picture: {path}.png")
 
@@ -931,8 +947,8 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     given = flags().parse_args(argv)
     several = given.algo == "all" or "," in given.algo or given.seeds != 1
-    if several and given.ask is not None:
-        flags().error("--ask asks one policy: give one --algo and no --seeds")
+    if several and (given.ask is not None or given.name):
+        flags().error("--ask and --name mean one run: give one --algo and no --seeds")
     args = given if several else parse(argv)
     try:
         compare(argv, given) if several else run(args)
