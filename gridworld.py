@@ -122,9 +122,12 @@ class GridWorld:
         with torch.no_grad():
             logits, values = policy(torch.arange(len(policy.value), device=self.device))      # (O, 4), (O,)
         logp = (logits / self.temperature).log_softmax(-1)                                    # (O, 4)
+        steps = logp.exp().cumsum(-1)[:, :-1]                                                 # (O, 3)
         columns = []
         while not done.all():
-            action = torch.multinomial(logp[observation].exp(), 1, generator=self.generator)[:, 0]    # (B,)
+            # a draw from pi: at how many of the steps of its cumulative distribution has a random number arrived?
+            u = torch.rand(B, 1, generator=self.generator, device=self.device)                # (B, 1)
+            action = (u >= steps[observation]).sum(-1)                                        # (B,)
             following, reward, terminated, truncated, _ = self.step(action)
             columns.append((observation, action, reward, ~done))
             observation, done = following, terminated | truncated

@@ -27,7 +27,9 @@ import hashlib
 import inspect
 import json
 import math
+import multiprocessing
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -165,9 +167,9 @@ def total_loss(world, policy, part, training, args):
 
 def pieces(batch, args):
     """The trajectories of a batch (a dictionary of tensors), --micro-batch-size at a time: what fits into memory."""
-    n = args.micro_batch_size or args.batch_size
-    for rows in zip(*(x.split(n) for x in batch.values())):
-        yield dict(zip(batch, rows))
+    if not args.micro_batch_size:
+        return [batch]
+    return [dict(zip(batch, rows)) for rows in zip(*(x.split(args.micro_batch_size) for x in batch.values()))]
 
 
 @torch.no_grad()
@@ -912,23 +914,42 @@ def run(args):
     print(f"{time.time() - start:.0f} s in all; written to {folder}: {files}")
 
 
-def run_all(runs):
-    """Run what is missing of these, each a Namespace of flags as `parse` returns; go on where one was stopped.
+def run_quietly(args):
+    """One of several runs, its log in a file. Returns why it diverged, or None."""
+    args.resume = "if equal"
+    run_folder(args).mkdir(exist_ok=True)
+    with open(run_folder(args) / "log.txt", "a") as log, contextlib.redirect_stdout(log):
+        try:
+            run(args)
+        except FloatingPointError as e:
+            return e  # and the others go on
 
+
+def start_worker(threads):
+    """Each process has its share of the cores, and leaves Ctrl-C to the one that started it."""
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def run_all(runs):
+    """Run what is missing of these, each the flags as `parse` returns them; go on where one was stopped.
+
+    On a CPU up to four at a time, each on its own cores: small tensors gain little from a second one.
     Returns the folders of those that came to their end."""
-    folders, start = [], time.time()
-    for i, args in enumerate(runs, 1):
-        args.resume = "if equal"
-        folder = run_folder(args)
-        print(f"{i} of {len(runs)}: {folder.name}", end="", flush=True)
-        with open(args.out / "compare.log", "a") as log, contextlib.redirect_stdout(log):
-            try:
-                run(args)
-                folders.append(folder)
-            except FloatingPointError as e:
-                print(f"; {e}", end="", file=sys.stderr)  # and the others go on
-        print(f"; about {(time.time() - start) / i * (len(runs) - i) / 60:.0f} min left", flush=True)
-    return folders
+    first = list({args.seed: args for args in reversed(runs)}.values())  # they make the stages that others share
+    rest = [args for args in runs if args not in first]
+    cores = os.cpu_count()
+    jobs = 1 if runs[0].init or runs[0].device != "cpu" else min(4, cores, len(runs))
+    pool = multiprocessing.get_context("spawn").Pool(jobs, start_worker, [cores // jobs]) if jobs > 1 else None
+    diverged, start = [], time.time()
+    with pool or contextlib.nullcontext():
+        results = (result for part in (first, rest) for result in (pool.imap if pool else map)(run_quietly, part))
+        for i, (args, problem) in enumerate(zip(first + rest, results), 1):
+            left = (time.time() - start) / i * (len(runs) - i) / 60
+            told = f"{run_folder(args).name}; {problem}" if problem else run_folder(args).name
+            print(f"{i} of {len(runs)}: {told}; about {left:.0f} min left", flush=True)
+            diverged += [args] if problem else []
+    return [run_folder(args) for args in runs if args not in diverged]
 
 
 def compare(argv, given):
@@ -939,7 +960,7 @@ def compare(argv, given):
                        for seed in range(given.seed, given.seed + max(1, given.seeds)) for algo in algos])
     path = given.out / "compare"
     print("\n" + "\n".join(ladder.write([ladder.read_run(folder) for folder in folders], path)))
-    print(f"\nlog: {path}.log, table: {path}.csv, {path}.md, picture: {path}.png")
+    print(f"\ntable: {path}.csv, {path}.md, picture: {path}.png; logs: log.txt in the folder of each run")
 
 
 def main(argv=None):
