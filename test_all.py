@@ -1550,7 +1550,7 @@ def test_every_flag_is_used():
     "--minibatches 0", "--batch-size 7 --algo ppo", "--group 3 --batch-size 8", "--weight rloo", "--lr nan", "--lr -1",
     "--gamma 1.5", "--lam nan", "--beta -1", "--clip inf", "--temperature 0", "--kl reward --kl-target 0",
     "--kl-target 3", "--device cuda", "--out /proc/nowhere", "--env gridworld --reward verifier",
-    "--env gridworld --gamma 1", "--name a/b", "--name a --seeds 2",
+    "--env gridworld --gamma 1", "--env gridworld --limit 0", "--limit 9", "--name a/b", "--name a --seeds 2",
 ])
 def test_bad_input_gets_one_line_and_status_2(flags, capsys, tmp_path, monkeypatch):
     """Bad input: one line on stderr that says what to do, exit status 2, no traceback, nothing written."""

@@ -718,7 +718,7 @@ PER_ENV = {  # flags whose default depends on the world
                  "max_new_tokens": 24},
     "gridworld": {"gamma": 0.99, "steps": 60, "batch_size": 128, "lr": 0.05, "beta": 0.1, "temperature": 1.0,
                   "vf_coef": 0.01, "max_new_tokens": 1,
-                  "grid": GRID, "slip": 0.0, "reward_noise": 0.0, "observe": "cell"},
+                  "grid": GRID, "slip": 0.0, "reward_noise": 0.0, "observe": "cell", "limit": 50},
 }
 
 
@@ -781,6 +781,7 @@ def flags():
     g.add_argument("--slip", type=float, help="probability that a move goes in a random direction (default: 0)")
     g.add_argument("--reward-noise", type=float, help="standard deviation of the noise on every reward (default: 0)")
     g.add_argument("--observe", choices=["cell", "row"], help="what the cat sees of where it is (default: cell)")
+    g.add_argument("--limit", type=int, help="moves until a cat without meat is cut off (default: 50)")
     g = p.add_argument_group("run")
     g.add_argument("--seed", type=int, default=0, help="of everything")
     g.add_argument("--seeds", type=int, default=1, help="how many, from --seed on, each with every --algo")
@@ -825,8 +826,8 @@ def parse(argv):
 def check(args):
     """What is wrong with the flags, in one line, or None."""
     for flag in ("steps", "batch_size", "epochs", "minibatches", "group", "lr", "temperature", "max_new_tokens",
-                 "micro_batch_size", "seeds"):
-        if getattr(args, flag) is not None and not 0 < getattr(args, flag) < math.inf:
+                 "micro_batch_size", "seeds", "limit"):
+        if getattr(args, flag, None) is not None and not 0 < getattr(args, flag) < math.inf:
             return f"--{flag.replace('_', '-')} must be a positive number, not {getattr(args, flag)}"
     for flag in ("beta", "clip", "vf_coef", "entropy_coef", "reward_noise"):
         if not 0 <= getattr(args, flag, 0) < math.inf:
@@ -843,8 +844,8 @@ def check(args):
             GridWorld(args.grid, args.slip, args.reward_noise, args.observe, gamma=args.gamma)
         except ValueError as e:
             return f"--env gridworld: {e}"
-    elif any(flag in args for flag in ("grid", "slip", "reward_noise", "observe")):
-        return "--grid, --slip, --reward-noise and --observe belong to --env gridworld"
+    elif any(flag in args for flag in ("grid", "slip", "reward_noise", "observe", "limit")):
+        return "--grid, --slip, --reward-noise, --observe and --limit belong to --env gridworld"
     if args.kl_target is not None and args.beta == 0:
         return "--beta 0 cannot be steered to a --kl-target: it is multiplied"
     if args.kl == "reward" and args.kl_estimator != "k1":
@@ -888,7 +889,7 @@ def run(args):
     start = time.time()
     folder = run_folder(args)
     if args.env == "gridworld":
-        world = GridWorld(args.grid, args.slip, args.reward_noise, args.observe, gamma=args.gamma,
+        world = GridWorld(args.grid, args.slip, args.reward_noise, args.observe, args.gamma, args.limit,
                           temperature=args.temperature, seed=args.seed, device=args.device)
         show_cat(world, run_rl(world, world.new_policy(), args, folder), args, folder)
     else:
