@@ -38,7 +38,7 @@ from torch.testing import assert_close
 import reward
 import train
 from data.world import KINDS, VERDICTS, DataError, Prompts, World, read_jsonl, read_own
-from figures import ladder
+from figures import kl, ladder, reuse
 from figures.break_it import EXERCISES, break_it, main, readme_row
 from gae import discounted_return, gae, grpo_advantage, n_step_advantage, reward_to_go, rloo_advantage, td_error
 from gpt import GPT, GPTConfig, Tokenizer, generate, language_model_loss, train_tokenizer
@@ -1704,6 +1704,49 @@ def test_confidence_intervals_and_curves_of_the_ladder_by_hand():
                                                    ("ppo-kl", 1, 0.3), ("ppo-kl", 2, 0.8), ("ppo-kl", 3, 0.0)]]
     lines = ladder.table(runs)  # paired: seed 1 gains 10, seed 2 gains 30, seed 3 has no partner
     assert lines[2].endswith("|  |") and lines[3].endswith("| +20 ± 127 |")
+
+
+@pytest.mark.parametrize("figure, breaks, run, line", [
+    (reuse, lambda f: f.algo == "importance" and f.epochs == 2, "reuse-importance-2", "| 2 | ratio | 2 of 3 |"),
+    (kl, lambda f: f.kl == "full", "kl-loss-full", "| loss, full | 2 of 3 |")], ids=["reuse", "kl"])
+def test_a_run_that_diverges_stays_in_the_figures_table_and_leaves_the_others_alone(figure, breaks, run, line, tmp_path,
+                                                                                    monkeypatch, capsys):
+    """figures/reuse.py, kl.py: seed 1 breaks after a batch, seed 2 in its first: counted, without an end or a mean."""
+    for name, value in (("HERE", tmp_path), ("EPOCHS", (1, 2)),
+                        ("FLAGS", "--algo ppo --env gridworld --steps 3 --batch-size 8".split())):
+        monkeypatch.setattr(figure, name, value, raising=False)
+
+    def diverge(call, args):
+        what, _, flags = args
+        if breaks(flags) and (flags.seed, what[:6]) in ((1, "step 1"), (2, "step 0")):
+            raise FloatingPointError(what)
+
+    spoil(monkeypatch, train, "check_finite", diverge)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)      # in this process, where the mistake is
+    monkeypatch.setattr(train, "CHECKPOINT_SHARE", 1e9)  # a log up to the last step, not to the last checkpoint
+    figure.main(str(tmp_path), "1", "2", "3")
+    table = capsys.readouterr().out.splitlines()
+    rows = list(csv.DictReader(open(tmp_path / f"{figure.__name__[8:]}.csv")))
+    lost = [row for row in rows if int(row["diverged"])]
+    assert [(row["seed"], row["batches"], row["kl"] + row["gold"]) for row in lost] == [("1", "1", ""), ("2", "0", "")]
+    assert {row["batches"] for row in rows if row not in lost} == {"3"}
+    log = csv.DictReader(open(tmp_path / f"{run}-3" / "metrics.csv"))
+    gold = 100 * statistics.mean(float(row["gold"]) for row in log)
+    shown, = [text for text in table if text.startswith(line)]
+    assert f" {gold:.0f} ({gold:.0f} – {gold:.0f}) | – |" in shown
+    assert (tmp_path / f"{figure.__name__[8:]}.png").stat().st_size > 1e4
+
+
+def test_a_mean_over_seeds_and_its_range_by_hand():
+    """figures/reuse.py, kl.py: 0.5, 0.7 and a run that diverged are 60 (50 – 70), and one of three."""
+    names = ["clip_fraction", "approx_kl", *reuse.ENDS, *kl.ENDS, "beta"]
+    runs = [dict.fromkeys(names, value) | {"algo": "ppo", "epochs": "4", "setting": "reward", "seed": str(seed),
+                                           "diverged": str(int(value == ""))}
+            for seed, value in enumerate(("0.5", "0.7", ""))]
+    assert "| 4 | clipped ratio | 1 of 3 | 60.0 (50.0 – 70.0) | 0.6000 (0.5000 – 0.7000) | 0.6 (0.5 – 0.7) | " \
+        "60 (50 – 70) | 60 (50 – 70) |" in reuse.table(runs)
+    assert "| reward | 1 of 3 | 0.6 (0.5 – 0.7) | 60 (50 – 70) | 60 (50 – 70) | 0.60 (0.50 – 0.70) | " \
+        "0.60 (0.50 – 0.70) | 0.600 (0.500 – 0.700) |" in kl.table(runs)
 
 
 def test_the_readme_exercises_are_the_committed_csv_and_each_was_seen_red():
