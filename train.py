@@ -305,7 +305,7 @@ class Chat:
         P = batch["prompt"].shape[1]
         h = policy(*question_and_answer(batch))
         h = h[:, P - 1:-1]  # shifted by one: the hidden state at t - 1 chose token t              (B, T, C)
-        return policy.logits(h) / self.temperature, policy.value(h)
+        return policy.logits(h / self.temperature), policy.value(h)  # dividing h divides the logits, for less
 
 
 # ------------------------------------------------------------------------------ the stages before RL

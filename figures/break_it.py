@@ -122,7 +122,7 @@ EXERCISES = [
              "tokens see the tokens after them", "a_state_is", "the loss falls to 0; what it then says is noise"),
     Exercise("train.py", "h = h[:, P - 1:-1]", "h = h[:, P:]",
              "the logits are not shifted by one", "log_derivative or probability", "flat: learns to repeat a token"),
-    Exercise("train.py", "return policy.logits(h) / self.temperature, policy.value(h)",
+    Exercise("train.py", "return policy.logits(h / self.temperature), policy.value(h)",
              "return policy.logits(h), policy.value(h)",
              "sampled at a temperature, scored without", "log_derivative or probability",
              "the same, but the ratio is not 1 at first"),
