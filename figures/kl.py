@@ -1,7 +1,7 @@
 """Slide "Regularization": where does the KL to the frozen policy go, and which estimate of it?
 
 Clipped PPO, always with the same learning rate (3e-4, ten times its default, or little would drift) and price (0.1 a
-nat): without a KL; in the reward; in the reward with a price that is adapted to hold 1 nat; in the loss as k1, k2, k3
+nat), 40 batches of 64 answers: without a KL; in the reward; in the reward with a price that is adapted to hold 1 nat; in the loss as k1, k2, k3
 of the sampled tokens, or in full, over the whole vocabulary. Two more take one pass and one step a batch, so that every
 sample is fresh: only there k1 in the loss has an expected gradient of 0.
     KL, entropy    nats an answer, nats a token: mean of the last five batches;  beta: the last batch's
@@ -23,7 +23,7 @@ from train import parse, run_all, run_folder, write_csv
 
 HERE = Path(__file__).parent
 TARGET = 1.0
-FLAGS = "--algo ppo --lr 3e-4".split()
+FLAGS = "--algo ppo --lr 3e-4 --steps 40 --batch-size 64".split()
 SETTINGS = {  # name: its flags, color, line
     "none": ("--kl none", COLORS[0], "-"),
     "loss, k1": ("--kl loss --kl-estimator k1", COLORS[6], "-"),
