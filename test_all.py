@@ -8,6 +8,7 @@ Run `python -m pytest -q test_all.py`, or one concept: `-k gae`, `-k importance`
 Delete or change any line of a formula and see what turns red: `python -m figures.break_it`.
 """
 import contextlib
+import copy
 import csv
 import importlib
 import inspect
@@ -623,6 +624,24 @@ def test_the_labeller_prefers_the_better_verdict_and_errs_in_the_stated_share():
 
     assert wrong_way(world.preference_pairs(1000, errors=0)) == 0
     assert abs(wrong_way(world.preference_pairs(2000, errors=0.1)) - 0.1) < 4 * math.sqrt(0.1 * 0.9 / 2000)
+
+
+def test_the_labeller_judges_a_policys_answers_as_he_judged_the_first_pairs():
+    """Slide "Recap: REINFORCE", annotated in intervals: the better verdict wins but for slips, a tie is no pair."""
+    world, rng = World(0), random.Random(0)
+    question = "Where is Shanghai?"
+    said = {"right": "Shanghai is in China.", "wrong": "Shanghai is in Peru.", "rude": "What a stupid question.",
+            "garbled": "China is."}
+    first, second = ([{"question": question, "answer": said[v], "verdict": v} for v in rng.choices(list(said), k=4000)]
+                     for _ in range(2))
+    differ = [(a, b) for a, b in zip(first, second) if a["verdict"] != b["verdict"]]
+    for errors in (0, 0.1):
+        pairs = world.compare(first, second, errors)
+        assert [{p["chosen"], p["rejected"]} for p in pairs] == [{a["answer"], b["answer"]} for a, b in differ]
+        assert all(p["prompt"] == question for p in pairs)
+        slips = sum(VERDICTS.index(world.judge(question, p["chosen"])) >
+                    VERDICTS.index(world.judge(question, p["rejected"])) for p in pairs) / len(pairs)
+        assert abs(slips - errors) <= 4 * math.sqrt(errors * (1 - errors) / len(pairs))
 
 
 def test_the_same_seed_makes_the_same_world_and_another_seed_another():
@@ -1551,6 +1570,10 @@ def test_every_flag_is_used():
     "--gamma 1.5", "--lam nan", "--beta -1", "--clip inf", "--temperature 0", "--kl reward --kl-target 0",
     "--kl-target 3", "--device cuda", "--out /proc/nowhere", "--env gridworld --reward verifier",
     "--env gridworld --gamma 1", "--env gridworld --limit 0", "--limit 9", "--name a/b", "--name a --seeds 2",
+    "--reward-pairs 0", "--reward-refresh 0",
+    "--env gridworld --reward-pairs 9", "--env gridworld --reward-refresh 9", "--reward verifier --reward-pairs 9",
+    "--reward verifier --reward-refresh 9", "--reward mine.py:f --reward-refresh 9",
+    "--pairs mine.jsonl --reward-refresh 9", "--prompts mine.jsonl --reward-refresh 9",
 ])
 def test_bad_input_gets_one_line_and_status_2(flags, capsys, tmp_path, monkeypatch):
     """Bad input: one line on stderr that says what to do, exit status 2, no traceback, nothing written."""
@@ -1871,6 +1894,78 @@ def test_a_run_that_is_killed_at_any_moment_and_resumed_ends_as_if_never_stopped
     assert train.main([*flags, "--resume"]) == 0  # when all is done there is nothing to do
     assert outcome(folder) == whole
     assert not list(folder.glob("*.part"))
+
+
+@pytest.fixture
+def refreshed(untrained, monkeypatch):
+    """An untrained policy's answers, all garbled, get verdicts by their length, and the reward model really learns."""
+    monkeypatch.setattr(train, "train_reward_model", train_reward_model)
+    monkeypatch.setattr(Chat, "verdict", lambda self, question, text, finished: VERDICTS[len(text) % len(VERDICTS)])
+    return FLAGS["language"].split()
+
+
+def test_every_n_steps_the_reward_model_is_retrained_and_keeps_its_scale(refreshed, tmp_path, monkeypatch):
+    """Slide "Recap: REINFORCE": half of the pairs are old, the SFT policy's answers still have mean 0 and std 1."""
+    batches, seen, refresh = [], [], Chat.refresh
+
+    def spy(chat, policy, B):
+        before = copy.deepcopy(chat.reward_model)
+        refresh(chat, policy, B)
+        scores = chat.reward_model(*chat.reference)
+        assert not scores.requires_grad and (scores - before(*chat.reference)).abs().max() > 1e-3
+        close(scores.mean(), 0, 1e-5)
+        close(scores.std(), 1, 1e-5)
+        batches.append(chat.batches)
+
+    def learn(model, pairs, *args):
+        seen.append(pairs)
+        return train_reward_model(model, pairs, *args)
+
+    monkeypatch.setattr(Chat, "refresh", spy)
+    monkeypatch.setattr(train, "train_reward_model", learn)
+    flags = [*refreshed, "--steps", "5", "--reward-refresh", "2", "--out", str(tmp_path)]
+    assert train.main([*flags, "--reward-pairs", "50"]) == 0
+    assert batches == [2, 4]
+    first, *later = [[(p["prompt"], p["chosen"], p["rejected"]) for p in pairs] for pairs in seen]
+    assert len(first) == 50
+    for pairs in later:
+        assert sum(pair in first for pair in pairs) == len(pairs) / 2 > 2
+    config = json.loads((tmp_path / "language-ppo-adaptive-kl-0" / "config.json").read_text())
+    assert (config["reward_pairs"], config["reward_refresh"]) == (50, 2)
+    assert train.main([*flags, "--steps", "1"]) == 0
+    assert len(seen[-1]) == 64 and len(list((tmp_path / "stages").glob("reward*"))) == 2  # all: a stage of its own
+
+
+def test_a_run_with_a_retrained_reward_model_that_is_stopped_and_resumed_ends_as_if_never_stopped(
+        refreshed, tmp_path, monkeypatch):
+    """Resume: the reward model is in the checkpoint; stopped after one retraining, and in the next."""
+    flags = [*refreshed, "--steps", "3", "--reward-refresh", "1", "--out", str(tmp_path)]
+    folder = tmp_path / "language-ppo-adaptive-kl-0"
+    monkeypatch.setattr(train, "CHECKPOINT_SHARE", 1e9)
+
+    def reward_model():
+        state = torch.load(folder / "checkpoint.pt", weights_only=True)["reward_model"]
+        return {name: x.tolist() for name, x in state.items()}
+
+    assert train.main(flags) == 0
+    whole, judge = outcome(folder), reward_model()
+    life = [0]
+
+    def strike(call, args):
+        life[0] -= 1
+        if life[0] == 0:
+            raise Killed
+
+    spoil(monkeypatch, Chat, "sample", strike)
+    spoil(monkeypatch, Chat, "refresh", strike)
+    spoil(monkeypatch, train, "weigh", strike)
+    for calls in (5, 7):  # sample, weigh, sample, refresh, weigh, sample, refresh, weigh
+        life[0] = calls
+        with pytest.raises(Killed):
+            train.main(flags)
+        life[0] = 0
+        assert train.main([*flags, "--resume"]) == 0
+        assert outcome(folder) == whole and reward_model() == judge
 
 
 @slow

@@ -12,6 +12,7 @@ A world (language or grid) offers what the loop needs:
         actions, mask, logp_old, values, rewards (B, T), last_value (B,), and what the world itself needs, (B, ..)
     world.logits_and_values(policy, trajectories) -> (B, T, V), (B, T)
     world.generator, all of its randomness
+    world.reward_model, where --reward-refresh retrains it
 Left out: several GPUs, early stopping, whatever changes nothing in the formulas.
 """
 import os
@@ -28,6 +29,7 @@ import inspect
 import json
 import math
 import multiprocessing
+import random
 import shlex
 import signal
 import sys
@@ -102,11 +104,13 @@ class Training:
         self.reference = reference or copy.deepcopy(policy).requires_grad_(False)
         self.optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr, eps=1e-5, fused=True)
         self.shuffle = torch.Generator().manual_seed(args.seed)
+        self.reward_model = world.reward_model if args.reward_refresh else None  # learns too
 
     def save(self):
         """All but the reference, as torch.save can write it."""
         return {"step": self.step, "beta": self.beta, "policy": self.policy.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
+                "reward_model": self.reward_model and self.reward_model.state_dict(),
                 "random": [g.get_state() for g in (self.shuffle, self.world.generator)]}
 
     def load(self, saved):
@@ -115,6 +119,8 @@ class Training:
         self.world.batches = self.step  # position in the data: a batch a step
         self.policy.load_state_dict(saved["policy"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        if self.reward_model:
+            self.reward_model.load_state_dict(saved["reward_model"])
         for generator, state in zip((self.shuffle, self.world.generator), saved["random"]):
             generator.set_state(state)
 
@@ -237,6 +243,7 @@ def check_finite(what, x, args):
 
 # ------------------------------------------------------------------------------ the language world
 REWARDS = ("model", "verifier")
+REFRESH = 4          # batches of questions, two answers each, whose comparisons retrain the reward model
 UNFINISHED = -2.0    # score of an answer that the limit cut off: two standard deviations below the answers before RL
 
 
@@ -253,6 +260,7 @@ class Chat:
         self.temperature, self.device, self.max_new_tokens = args.temperature, args.device, args.max_new_tokens
         self.verifier = args.reward == "verifier"
         self.own_reward = None if args.reward in REWARDS else own_reward(args.reward)
+        self.refresh_every = args.reward_refresh  # needs what prepare_chat adds: learn, judged, reference
         self.reseed(args.seed)
 
     def reseed(self, seed):
@@ -262,6 +270,8 @@ class Chat:
 
     def sample(self, policy, B, group=1):
         """B trajectories on training questions, `group` answers to each."""
+        if self.refresh_every and self.batches and self.batches % self.refresh_every == 0:
+            self.refresh(policy, B)
         self.batches += 1
         questions = self.world.questions(B // group, "train", f"{self.seed} {self.batches}")
         batch, answers = self.answer(policy, [q for q in questions for _ in range(group)])
@@ -269,6 +279,21 @@ class Chat:
                        "gold": sum(a["verdict"] == "right" for a in answers) / B if self.world.fact_of else math.nan,
                        "length": batch["mask"].sum(1).float().mean().item(),
                        "finished": sum(a["finished"] for a in answers) / B}
+
+    def refresh(self, policy, B):
+        """Slide "Recap: REINFORCE": answers of now are compared by the labeller, and the reward model learns from them.
+
+        As many old pairs keep it from forgetting; its scores are normalised on the same answers as at the start."""
+        seed = f"{self.seed} refresh {self.batches}"
+        rng, pairs = random.Random(seed), []
+        for i in range(REFRESH):
+            questions = self.world.questions(B, "train", f"{seed} {i}")
+            first, second = (self.answer(policy, questions)[1] for _ in range(2))
+            pairs += self.world.compare(first, second, seed=f"{seed} {i}")
+        pairs += rng.sample(self.judged, min(len(pairs), len(self.judged)))
+        rng.shuffle(pairs)
+        self.learn(pairs)
+        self.reward_model.requires_grad_(False).normalise(*self.reference)
 
     def answer(self, policy, questions):
         """One sampled answer to each question: the trajectories, and [{question, answer, finished, verdict, score}]."""
@@ -471,11 +496,18 @@ def prepare_chat(args):
         finetune(model, tokenizer, shown, lines, limit, few, 3e-3 * pace)
         return model.state_dict()
 
-    def make_reward():
+    def learn(judged, report=lambda step, loss: None):
+        scorer.requires_grad_(True)
+        return train_reward_model(scorer, judged, tokenizer, limit, 7e-4 * pace, few, report)
+
+    def compared():
         judged, tests = comparisons(world, pairs, stages.folder / f"pairs-{args.seed}.jsonl")
+        return judged[:args.reward_pairs], tests
+
+    def make_reward():
+        judged, tests = compared()
         scorer.gpt.load_state_dict(model.state_dict())
-        report = progress("reward model", math.ceil(len(judged) / few))
-        dropped = train_reward_model(scorer, judged, tokenizer, limit, 7e-4 * pace, few, report)
+        dropped = learn(judged, progress("reward model", math.ceil(len(judged) / few)))
         print(f"  {len(judged)} pairs, {dropped} dropped: equal once they are cut")
         if dropped == len(judged):
             raise DataError(f"{args.pairs}: no pair is left to learn from")
@@ -488,14 +520,17 @@ def prepare_chat(args):
         model.load_state_dict(stages.run("pretraining", make_pretrained, pretrain))
     model.load_state_dict(stages.run("sft", make_sft, finetune, demos))
     if scorer:
-        saved = stages.run("reward", make_reward, Path(inspect.getfile(RewardModel)), pairs)
+        saved = stages.run("reward", make_reward, Path(inspect.getfile(RewardModel)), pairs, args.reward_pairs)
         scorer.load_state_dict(saved["model"])
         show_accuracy(saved["accuracy"])
     n = args.batch_size if args.init else 500  # what fits into memory
     before, _ = chat.answer(model, asked.questions(n, "train", "normalise"))  # also a first batch for own_reward
     chat.reseed(args.seed)
     if scorer:
-        scorer.requires_grad_(False).normalise(*question_and_answer(before))
+        reference = question_and_answer(before)
+        scorer.requires_grad_(False).normalise(*reference)
+        if args.reward_refresh:
+            chat.learn, chat.judged, chat.reference = learn, compared()[0], reference
         saved = {"config": vars(model.config), "model": scorer.state_dict()}
         write_beside(args.out / "reward_model.pt", lambda path: torch.save(saved, path))
     stages.depend(prompts, *([Path(args.reward.rpartition(":")[0])] if chat.own_reward else []))
@@ -742,6 +777,10 @@ def flags():
     p.add_argument("--reward", default="model", metavar="{model,verifier,FILE.py:FUNCTION}",
                    help="who scores an answer: the learned reward model, the exact judge, or a function of yours, "
                         "(prompts, responses) -> list of numbers")
+    p.add_argument("--reward-pairs", type=int, default=None, metavar="N",
+                   help="the reward model learns from the first N pairs; None: from all, the world's are 16,000")
+    p.add_argument("--reward-refresh", type=int, default=None, metavar="N",
+                   help="every N steps the labeller compares answers of now, and the reward model is retrained")
     g = p.add_argument_group("your own, in the place of the little world's")
     g.add_argument("--init", metavar="NAME|FILE", default=None,
                    help=f"begin with GPT-2 instead of pretraining: {', '.join(GPT2)}, or a state dict (.bin, .pt)")
@@ -826,7 +865,7 @@ def parse(argv):
 def check(args):
     """What is wrong with the flags, in one line, or None."""
     for flag in ("steps", "batch_size", "epochs", "minibatches", "group", "lr", "temperature", "max_new_tokens",
-                 "micro_batch_size", "seeds", "limit"):
+                 "micro_batch_size", "seeds", "reward_pairs", "reward_refresh", "limit"):
         if getattr(args, flag, None) is not None and not 0 < getattr(args, flag) < math.inf:
             return f"--{flag.replace('_', '-')} must be a positive number, not {getattr(args, flag)}"
     for flag in ("beta", "clip", "vf_coef", "entropy_coef", "reward_noise"):
@@ -857,13 +896,18 @@ def check(args):
             return f"--batch-size {args.batch_size} is not divisible by --{flag} {getattr(args, flag)}"
     if args.weight in ("rloo", "grpo") and args.group < 2:
         return f"--weight {args.weight} compares the answers to one prompt: --group must be at least 2"
-    for flag in ("init", "pairs", "demos", "prompts", "ask", "reward"):
+    for flag in ("init", "pairs", "demos", "prompts", "ask", "reward", "reward_pairs", "reward_refresh"):
         if args.env == "gridworld" and getattr(args, flag) not in (None, "model"):
-            return f"--{flag} is for language; the grid world has its own start and rewards"
+            return f"--{flag.replace('_', '-')} is for language; the grid world has its own start and rewards"
     if args.init and args.init not in GPT2 and not Path(args.init).is_file():
         return f"--init {args.init}: neither a file nor one of {', '.join(GPT2)}"
     if args.reward == "verifier" and args.prompts:
         return "--reward verifier: nobody knows the right answers to --prompts of your own"
+    for flag in ("reward_pairs", "reward_refresh"):
+        if getattr(args, flag) and args.reward != "model":
+            return f"--{flag.replace('_', '-')} is for --reward model: nobody else learns from pairs"
+    if args.reward_refresh and (args.pairs or args.prompts):
+        return "--reward-refresh: with --pairs or --prompts of your own there is no labeller to ask again"
     if args.reward not in REWARDS and ".py:" not in args.reward:
         return f"--reward must be {', '.join(REWARDS)} or FILE.py:FUNCTION, not {args.reward}"
     if args.name is not None and Path(args.name).name != args.name:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 VERDICTS = ["right", "wrong", "evasive", "nonsense", "rude", "garbled"]  # best first
 KINDS = ["city", "thing", "sum"]
+ERRORS = 0.05  # share of judgements in which the labeller slips
 
 
 class DataError(ValueError):
@@ -92,6 +93,11 @@ def fill(template, fact, other=None):
     steps = working(fact.name, int(source.answer) - int(fact.answer)) if fact.kind == "sum" else ""
     text = template.format(name=fact.name, answer=source.answer, detail=source.detail, working=steps)
     return text[:1].upper() + text[1:]
+
+
+def prefer(rng, better, worse, errors):
+    """(chosen, rejected) of a labeller who errs in a share of `errors`."""
+    return (worse, better) if rng.random() < errors else (better, worse)
 
 
 def read_lines(path):
@@ -199,7 +205,7 @@ class World:
             pairs.append((fill(rng.choice(QUESTIONS[fact.kind]), fact), self.write(rng, fact, verdict, self.facts)))
         return pairs
 
-    def preference_pairs(self, n, split="train", errors=0.05, seed=0):
+    def preference_pairs(self, n, split="train", errors=ERRORS, seed=0):
         """n judgements of a labeller who prefers the better verdict and errs in a share of `errors`.
 
         Dictionaries with prompt, chosen, rejected and what is compared (`kind`, for reports only). More
@@ -211,12 +217,24 @@ class World:
         for kind in rng.choices(KINDS, [35, 20, 45], k=n):  # sums are the hardest to tell apart
             fact = rng.choice(facts[kind])
             better, worse = rng.choices([(0, 1), (0, 5), sorted(rng.sample(range(5), 2))], [55, 20, 25])[0]
-            chosen, rejected = (self.write(rng, fact, VERDICTS[v], facts) for v in (better, worse))
-            if rng.random() < errors:
-                chosen, rejected = rejected, chosen
+            answers = [self.write(rng, fact, VERDICTS[v], facts) for v in (better, worse)]
+            chosen, rejected = prefer(rng, *answers, errors)
             kind = f"{VERDICTS[better]} > {VERDICTS[worse]}, {fact.kind}"
             pairs.append({"prompt": fill(rng.choice(QUESTIONS[fact.kind]), fact), "chosen": chosen,
                           "rejected": rejected, "kind": kind})
+        return pairs
+
+    def compare(self, first, second, errors=ERRORS, seed=0):
+        """The same labeller's pairs from a policy's answers: two lists of {question, answer, verdict}, equal questions.
+
+        Two answers that deserve the same verdict are no pair."""
+        rng = random.Random(f"{self.seed} compare {seed}")
+        pairs = []
+        for two in zip(first, second):
+            better, worse = sorted(two, key=lambda a: VERDICTS.index(a["verdict"]))
+            if better["verdict"] != worse["verdict"]:
+                chosen, rejected = prefer(rng, better["answer"], worse["answer"], errors)
+                pairs.append({"prompt": better["question"], "chosen": chosen, "rejected": rejected})
         return pairs
 
     # ------------------------------------------------------------------------- the judge
