@@ -31,6 +31,7 @@ from functools import cache, partial, partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiktoken
 import torch
@@ -39,7 +40,7 @@ from torch.testing import assert_close
 import reward
 import train
 from data.world import KINDS, VERDICTS, DataError, Prompts, World, read_jsonl, read_own
-from figures import kl, ladder, reuse
+from figures import hacking, kl, ladder, reuse
 from figures.break_it import EXERCISES, break_it, main, readme_row
 from gae import discounted_return, gae, grpo_advantage, n_step_advantage, reward_to_go, rloo_advantage, td_error
 from gpt import GPT, GPTConfig, Tokenizer, generate, language_model_loss, train_tokenizer
@@ -1770,6 +1771,29 @@ def test_a_mean_over_seeds_and_its_range_by_hand():
         "60 (50 – 70) | 60 (50 – 70) |" in reuse.table(runs)
     assert "| reward | 1 of 3 | 0.6 (0.5 – 0.7) | 60 (50 – 70) | 60 (50 – 70) | 0.60 (0.50 – 0.70) | " \
         "0.60 (0.50 – 0.70) | 0.600 (0.500 – 0.700) |" in kl.table(runs)
+
+
+def test_overoptimisation_fits_recover_known_curves_and_say_how_well():
+    """Gao et al. 2022: alpha and beta of curves made with them; residuals +-1 around a level explain nothing."""
+    d = np.linspace(0.1, 9, 50)
+    for bon, gain in ((True, d * (0.7 - 0.2 * d)), (False, d * (0.7 - 0.2 * np.log(d)))):
+        close(list(hacking.fit(d, gain, hacking.SHAPE[bon])), [0.7, 0.2, 1])
+        alpha, beta, r2 = hacking.fit(d, gain + np.random.default_rng(0).normal(0, 0.1, 50), hacking.SHAPE[bon])
+        close([alpha, beta], [0.7, 0.2], 0.05)
+        assert r2 < 1
+    alpha, _, r2 = hacking.fit(np.ones(2), np.array([1.0, 3.0]), hacking.SHAPE[False])
+    close([alpha, r2], [2, 0])
+
+
+def test_best_of_n_is_the_mean_over_all_draws():
+    """Best-of-n: of every n of N answers the one that `by` puts first, enumerated; n = 1 is the policy itself."""
+    rng = np.random.default_rng(0)
+    by, value = rng.normal(size=(4, 7)), rng.normal(size=(4, 7))
+    for n in range(1, 8):
+        draws = [value[row, max(drawn, key=lambda i: by[row, i])]
+                 for row in range(4) for drawn in itertools.combinations(range(7), n)]
+        close(hacking.best_of(n, by, value), statistics.mean(draws))
+    close(hacking.best_of(1, by, value), value.mean())
 
 
 def test_the_readme_exercises_are_the_committed_csv_and_each_was_seen_red():
