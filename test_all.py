@@ -1769,7 +1769,7 @@ def test_a_mean_over_seeds_and_its_range_by_hand():
     runs = [dict.fromkeys(names, value) | {"algo": "ppo", "epochs": "4", "setting": "reward", "seed": str(seed),
                                            "diverged": str(int(value == ""))}
             for seed, value in enumerate(("0.5", "0.7", ""))]
-    assert "| 4 | clipped ratio | 1 of 3 | 60.0 (50.0 – 70.0) | 0.6000 (0.5000 – 0.7000) | 0.6 (0.5 – 0.7) | " \
+    assert "| 4 | clipped ratio | 1 of 3 | 60.0 (50.0 – 70.0) | 600.0 (500.0 – 700.0) | 0.6 (0.5 – 0.7) | " \
         "60 (50 – 70) | 60 (50 – 70) |" in reuse.table(runs)
     assert "| reward | 1 of 3 | 0.6 (0.5 – 0.7) | 60 (50 – 70) | 60 (50 – 70) | 0.60 (0.50 – 0.70) | " \
         "0.60 (0.50 – 0.70) | 0.600 (0.500 – 0.700) |" in kl.table(runs)

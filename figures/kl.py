@@ -92,9 +92,11 @@ def draw(rows, logs):
     axes["C"].legend(frameon=False, loc="upper left")
     axes["D"].set(title="adaptive: KL above, its price β below, a line a seed", ylabel="KL", ylim=0, xticklabels=[])
     axes["E"].set(xlabel="batch", ylabel="β", ylim=0)
+    for axis in (axes["A"].yaxis, axes["B"].xaxis, axes["C"].yaxis):
+        axis.set_major_formatter("{x:g}")
     for axis in axes.values():
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("TITLE")
+    figure.suptitle("k1 in the loss drives the policy away once samples are reused; every other KL holds it, and right answers stay")
     figure.tight_layout()
     figure.savefig(HERE / "kl.png", dpi=120)
 
