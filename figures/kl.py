@@ -1,14 +1,14 @@
 """Slide "Regularization": where does the KL to the frozen policy go, and which estimate of it?
 
-Clipped PPO, always with the same learning rate (3e-4, ten times its default, or little would drift) and price (0.1 a
-nat), 40 batches of 64 answers: without a KL; in the reward; in the reward with a price that is adapted to hold 1 nat; in the loss as k1, k2, k3
-of the sampled tokens, or in full, over the whole vocabulary. Two more take one pass and one step a batch, so that every
-sample is fresh: only there k1 in the loss has an expected gradient of 0.
+Clipped PPO, always 40 batches of 64 answers, the same learning rate (3e-4, ten times its default, or little would
+drift) and price (0.1 a nat): without a KL; in the reward; in the reward with a price that is adapted to hold 1 nat; in
+the loss as k1, k2, k3 of the sampled tokens, or in full, over the whole vocabulary. Two more take one pass and one step
+a batch, so that every sample is fresh: only there k1 in the loss has an expected gradient of 0.
     KL, entropy    nats an answer, nats a token: mean of the last five batches;  beta: the last batch's
     right          share of the last five batches' answers, and of 300 answers to held-out questions afterwards
     text loss      the language model's on held-out text, nats a token
 A run whose loss is no longer a number ends there: it stays in the table, without an evaluation. Run
-`python -m figures.kl [out] [seed ...]` (seeds 1 2 3: 27 runs, an hour of one core and the stages before RL, which all
+`python -m figures.kl [out] [seed ...]` (seeds 1 2 3: 27 runs, 20 minutes of one core and the stages before RL, which all
 figures share): trains what is missing in out, writes kl.csv, a line a run, and kl.png beside this script.
 """
 import sys
@@ -96,7 +96,7 @@ def draw(rows, logs):
         axis.set_major_formatter("{x:g}")
     for axis in axes.values():
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("k1 in the loss drives the policy away once samples are reused; every other KL holds it, and right answers stay")
+    figure.suptitle("On reused samples k1 in the loss drives the policy away; every other KL holds it, and keeps right answers")
     figure.tight_layout()
     figure.savefig(HERE / "kl.png", dpi=120)
 

@@ -8,8 +8,8 @@ what several passes have by default): 30 batches of 64 answers, two minibatches 
     KL to SFT          nats an answer, mean of the last five batches
     right              share of the last five batches' answers, and of 300 answers to held-out questions afterwards
 A run whose loss is no longer a number ends there: it stays in the table, without an evaluation, and is a cross in the
-picture. Run `python -m figures.reuse [out] [seed ...]` (seeds 1 2 3: 45 runs, an hour of one core and the stages before
-RL, which all figures share): trains what is missing in out, writes reuse.csv, a line a run, and reuse.png here.
+picture. Run `python -m figures.reuse [out] [seed ...]` (seeds 1 2 3: 45 runs, 45 minutes of one core and the stages
+before RL, which all figures share): trains what is missing in out, writes reuse.csv, a line a run, and reuse.png here.
 """
 import csv
 import sys
