@@ -8,8 +8,8 @@ a batch, so that every sample is fresh: only there k1 in the loss has an expecte
     right          share of the last five batches' answers, and of 300 answers to held-out questions afterwards
     text loss      the language model's on held-out text, nats a token
 A run whose loss is no longer a number ends there: it stays in the table, without an evaluation. Run
-`python -m figures.kl [out] [seed ...]` (seeds 1 2 3: 27 runs, 20 minutes of one core and the stages before RL, which all
-figures share): trains what is missing in out, writes kl.csv, a line a run, and kl.png beside this script.
+`python -m figures.kl [out] [seed ...]` (seeds 1 2 3: 27 runs, 20 minutes of one core and the stages before RL, which
+all figures share): trains what is missing in out, writes kl.csv, a line a run, and kl.png beside this script.
 """
 import sys
 from pathlib import Path
@@ -96,7 +96,7 @@ def draw(rows, logs):
         axis.set_major_formatter("{x:g}")
     for axis in axes.values():
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("On reused samples k1 in the loss drives the policy away; every other KL holds it, and keeps right answers")
+    figure.suptitle("On reused samples k1 in the loss drives the policy away; every other KL holds it")
     figure.tight_layout()
     figure.savefig(HERE / "kl.png", dpi=120)
 
