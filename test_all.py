@@ -40,7 +40,7 @@ from torch.testing import assert_close
 import reward
 import train
 from data.world import KINDS, VERDICTS, DataError, Prompts, World, read_jsonl, read_own
-from figures import hacking, kl, ladder, reuse
+from figures import hacking, kl, ladder, reuse, uses
 from figures.break_it import EXERCISES, break_it, main, readme_row
 from gae import discounted_return, gae, grpo_advantage, n_step_advantage, reward_to_go, rloo_advantage, td_error
 from gpt import GPT, GPTConfig, Tokenizer, generate, language_model_loss, train_tokenizer
@@ -1692,6 +1692,25 @@ def test_the_readme_ladder_is_the_committed_csv():
         best = max((r for r in csv.DictReader(open(ROOT / "figures" / "rates.csv")) if r["algo"] == row["algo"]),
                    key=lambda r: float(r["score - 0.1 KL"]))
         assert train.parse(["--algo", row["algo"]]).lr == float(best["lr"])
+
+
+def test_what_the_uses_of_rl_learn_from_differs_only_in_what_they_are_about():
+    """figures/uses.py: a pair is the same answer with and without the idiom; each step of a working adds two digits."""
+    demos, pairs, both = uses.style_files(random.Random(0), World(0))
+    assert all(pair["chosen"] == pair["rejected"].rstrip(".") + ", my friend." for pair in pairs)
+    idiom = [[pair[side].endswith(", my friend.") for side in ("chosen", "rejected")] for pair in both]
+    assert idiom.count([True, False]) == 4000 and idiom.count([True, True]) == 6000 == idiom.count([False, False])
+    assert 0.04 < sum(row["response"].endswith(" my friend.") for row in demos) / len(demos) < 0.06
+    demos, prompts = uses.sum_files(random.Random(0))
+    assert 0.45 < sum("=" in row["response"] for row in demos) / len(demos) < 0.55
+    for row in demos:
+        total = eval(re.search(r"[\d+]+", row["prompt"]).group())
+        steps = re.findall(r"(\d+)\+(\d+)=(\d+)", row["response"])
+        assert all(len(a) == len(b) == 1 and int(a) + int(b) == int(c) for a, b, c in steps)
+        said = [row["response"], f"It is {total + 1}.", f"{total}=3+{total - 1}.", f"1{total}", "..."]
+        assert uses.verifier([row["prompt"]] * 5, said) == [1, 0, 0, 0, 0]
+    # 9 * 9 sums of two; 36 pairs and 84 triples of digits make at most 9, each with 9 last digits
+    assert len({row["prompt"] for row in prompts}) == len(prompts) == 81 + 36 * 9 + 84 * 9
 
 
 def test_several_algorithms_and_seeds_run_once_go_on_and_start_anew_when_a_flag_changes(tmp_path, monkeypatch, capsys):
