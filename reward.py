@@ -125,29 +125,29 @@ def label(path, answers):
         raise ValueError(f"the last line of {path} is not complete")
     done = [json.loads(line) for line in lines.split("\n")[:-1]]
     seen = {(row["prompt"], *sorted((row["chosen"], row["rejected"]))) for row in done}
-    shown = [(row["prompt"], *sorted(row["answers"])) for row in map(json.loads, answers.read_text().splitlines())]
+    rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").split("\n") if line]
+    shown = [(row["prompt"], *sorted(row["answers"])) for row in rows]
     if any(len(pair) != 3 for pair in shown):
         raise ValueError("every line needs exactly two answers")
     shown = [pair for pair in dict.fromkeys(shown) if pair[1] != pair[2] and pair not in seen]
     i, sitting = 0, []  # for each label where it stands: (pair, length of the file before it)
-    while i < len(shown):
-        prompt, left, right = shown[i][0], *random.sample(shown[i][1:], 2)
-        key = input(f"\n{i + 1}/{len(shown)}  {prompt}\n  left:  {left}\n  right: {right}\n"
-                    "better is [l]eft, [r]ight, or [t]ie, [s]kip, [u]ndo, [q]uit: ").strip().lower()[:1]
-        if key == "q":
-            break
-        if key == "u" and sitting:
-            i, length = sitting.pop()
-            os.truncate(path, length)  # one step of the file system: a kill finds the label whole or gone
-        elif key in ("l", "r", "t"):
-            pairs = {"l": [(left, right)], "r": [(right, left)], "t": [(left, right), (right, left)]}[key]
-            with open(path, "ab") as file:
-                sitting.append((i, file.tell()))
-                rows = (json.dumps({"prompt": prompt, "chosen": w, "rejected": l}) + "\n" for w, l in pairs)
+    with open(path, "ab", buffering=0) as file:
+        while i < len(shown):
+            prompt, left, right = shown[i][0], *random.sample(shown[i][1:], 2)
+            key = input(f"\n{i + 1}/{len(shown)}  {prompt}\n  left:  {left}\n  right: {right}\n"
+                        "better is [l]eft, [r]ight, or [t]ie, [s]kip, [u]ndo, [q]uit: ").strip().lower()[:1]
+            pairs = {"l": [(left, right)], "r": [(right, left)], "t": [(left, right), (right, left)], "s": []}
+            if key == "q":
+                break
+            if key == "u" and sitting:
+                i, length = sitting.pop()
+                file.truncate(length)  # one step of the file system: a kill finds the label whole or gone
+            elif key in pairs:
+                sitting.append((i, file.seek(0, os.SEEK_END)))
+                rows = (json.dumps({"prompt": prompt, "chosen": w, "rejected": l}) + "\n" for w, l in pairs[key])
                 file.write("".join(rows).encode())
-                file.flush()
                 os.fsync(file.fileno())
-        i += key in ("l", "r", "t", "s")
+                i += 1
 
 
 def main(argv=None):
@@ -166,23 +166,16 @@ def main(argv=None):
             print(f"reward.py: {args.label} or {args.path}: {type(e).__name__}: {e}", file=sys.stderr)
             return 2
         return 0
-    path = args.path
     try:
         tokenizer = Tokenizer.load(Path(__file__).parent / "data" / "tokenizer.bpe")
-    except (OSError, ValueError) as e:
-        print(f"reward.py: no tokenizer ({e}): run `python train.py` first", file=sys.stderr)
+        model = RewardModel(GPT(GPTConfig(tokenizer.vocab_size, n_positions=64, n_layer=2)))  # train.py's
+        if args.path.exists():
+            model.load_state_dict(torch.load(args.path, map_location="cpu", weights_only=True))
+        else:
+            print(f"No model in {args.path}: these scores are noise. Run `python train.py` first.\n")
+    except Exception as e:
+        print(f"reward.py: {args.path} is no reward model of train.py's world ({type(e).__name__})", file=sys.stderr)
         return 2
-    if path.exists():
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            model = RewardModel(GPT(GPTConfig(**saved["config"])))
-            model.load_state_dict(saved["model"])
-        except Exception as e:
-            print(f"reward.py: {path} is no reward model of train.py's ({type(e).__name__})", file=sys.stderr)
-            return 2
-    else:
-        model = RewardModel(GPT(GPTConfig(tokenizer.vocab_size)))
-        print(f"No model in {path}: these scores are noise, an untrained model's. Run `python train.py` first.\n")
 
     @torch.no_grad()
     def score(question, answer):

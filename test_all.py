@@ -823,7 +823,7 @@ def test_rl_asks_training_questions_in_groups_and_the_evaluation_asks_both_kinds
     monkeypatch.setattr(chat, "verdict", lambda question, answer, finished: world.judge(question, answer))
     batch, answers = chat.answer(policy, ["Where is Rome?", "Where is Paris?"])
     assert batch["rewards"].sum(1).tolist() == [1, 0]  # the verifier's
-    train.evaluate(chat, policy, ["some text"], n=60)
+    train.evaluate(chat, policy, ["some text"], 20, n=60)
     assert asked == [(2, "train"), (60, "train"), (60, "held_out")]
 
 
@@ -2164,7 +2164,8 @@ def malformed(rng):
     row, n = fields[flag], rng.randrange(4)
     field = rng.choice(list(row))
     good = json.dumps(row)
-    bad = rng.choice([json.dumps(row | {field: x}) for x in ("", " \n", None, 3, ["a"], {}, True, "\ud800")]
+    nothing = ("", " \n") if field == "prompt" else ()  # an answer may be nothing but its end
+    bad = rng.choice([json.dumps(row | {field: x}) for x in (*nothing, None, 3, ["a"], {}, True, "\ud800")]
                      + [json.dumps({k: v for k, v in row.items() if k != field})])
     where = (f"line {n + 1}", f"'{field}'")
     if rng.random() < 0.4:
@@ -2172,9 +2173,7 @@ def malformed(rng):
         cut = good[:rng.randrange(1, len(good))]
         bad = rng.choice([cut, "", "[]", "7", "null", "[" * 99_999, "{" + good, good * 2])
     if flag == "pairs" and rng.random() < 0.2:
-        same = "\n\nHuman: a\n\nAssistant:"
-        texts, field = rng.choice([((same + " b", same), "'rejected'"), (("b", "c"), "'prompt'")])
-        bad, where = json.dumps(dict(zip(("chosen", "rejected"), texts))), (f"line {n + 1}", field)
+        bad, where = json.dumps({"chosen": "no", "rejected": "transcript"}), (f"line {n + 1}", "'prompt'")
     content = "\n".join([good] * n + [bad] + [good] * rng.randrange(3)) + "\n"
     return flag, content.encode(), where
 
@@ -2392,7 +2391,7 @@ def test_gradients_of_micro_batches_add_up_to_those_of_the_whole(over, monkeypat
     for pieces in gradients[1:]:
         for whole, summed in zip(gradients[0], pieces):
             assert whole.abs().max() > 0.01
-            close(summed, whole, 1e-5)
+            close(summed / whole.abs().max(), whole / whole.abs().max(), 1e-6)
 
 
 def test_the_largest_tensor_is_that_of_a_micro_batch(untrained, tmp_path, monkeypatch):

@@ -35,6 +35,7 @@ import signal
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -173,9 +174,8 @@ def total_loss(world, policy, part, training, args):
 
 def pieces(batch, args):
     """The trajectories of a batch (a dictionary of tensors), --micro-batch-size at a time: what fits into memory."""
-    if not args.micro_batch_size:
-        return [batch]
-    return [dict(zip(batch, rows)) for rows in zip(*(x.split(args.micro_batch_size) for x in batch.values()))]
+    few = args.micro_batch_size or args.batch_size
+    return [dict(zip(batch, rows)) for rows in zip(*(x.split(few) for x in batch.values()))]
 
 
 @torch.no_grad()
@@ -383,8 +383,9 @@ def load_start(init):
         model = GPT.from_gpt2(weights)
     except OSError as e:
         raise DataError(f"--init {init}: nothing can be fetched here ({type(e).__name__}). Where there is a network, "
-                        f"fetch {GPT2_URL.format(name='gpt2')} and give its path to --init; tiktoken looks for "
-                        f"its gpt2 encoding in the folder that TIKTOKEN_CACHE_DIR names") from None
+                        f"fetch {GPT2_URL.format(name=init if init in GPT2 else 'gpt2')} and give its path to --init; "
+                        f"tiktoken keeps its gpt2 encoding in the folder that TIKTOKEN_CACHE_DIR names, which can be "
+                        f"copied from there") from None
     except Exception as e:
         raise DataError(f"--init {init}: no GPT-2 in Hugging Face's naming ({type(e).__name__}: {e})") from None
     if model.config.vocab_size != tokenizer.vocab_size:
@@ -511,7 +512,8 @@ def prepare_chat(args):
         print(f"  {len(judged)} pairs, {dropped} dropped: equal once they are cut")
         if dropped == len(judged):
             raise DataError(f"{args.pairs}: no pair is left to learn from")
-        accuracy = {split: pair_accuracy(scorer, rows, tokenizer, limit) for split, rows in tests.items()}
+        accuracy = {split: pair_accuracy(scorer, rows, tokenizer, limit, args.micro_batch_size or 256)
+                    for split, rows in tests.items()}
         return {"model": scorer.state_dict(), "accuracy": accuracy}
 
     if args.init:
@@ -531,8 +533,7 @@ def prepare_chat(args):
         scorer.requires_grad_(False).normalise(*reference)
         if args.reward_refresh:
             chat.learn, chat.judged, chat.reference = learn, compared()[0], reference
-        saved = {"config": vars(model.config), "model": scorer.state_dict()}
-        write_beside(args.out / "reward_model.pt", lambda path: torch.save(saved, path))
+        write_beside(args.out / "reward_model.pt", lambda path: torch.save(scorer.state_dict(), path))
     stages.depend(prompts, *([Path(args.reward.rpartition(":")[0])] if chat.own_reward else []))
     return chat, model, held_out_lines[:100 if args.init else None], stages.key
 
@@ -541,24 +542,24 @@ def show_accuracy(accuracy):
     """Table: share of fresh pairs that the reward model orders as the labeller would, errors aside."""
     print("  reward model, share of fresh pairs in the labeller's true order    facts seen in pairs   facts held out")
     train, held_out = accuracy["train"], accuracy["held_out"]
-    groups = {"all pairs": ""} | {f"right > wrong, {kind}": f"right > wrong, {kind}" for kind in KINDS}
-    for name, start in groups.items():
+    for name in ("all pairs", *(f"right > wrong, {kind}" for kind in KINDS)):
         shares = []
         for rows in (train, held_out):
-            picked = [row for kind, row in rows.items() if kind.startswith(start)]
+            picked = [row for kind, row in rows.items() if name in ("all pairs", kind)]
             shares.append(sum(share * n for share, n in picked) / sum(n for _, n in picked) if picked else math.nan)
         if not math.isnan(shares[0]):  # of one's own pairs the kind is not known
             print(f"  {name:<63}{shares[0]:>15.1%}{shares[1]:>17.1%}")
 
 
 # ---------------------------------------------------------------------------------- what came of it
-def evaluate(chat, policy, held_out_lines, n=300):
-    """Gold and verdicts of n sampled answers on training and on held-out questions, and the language-model loss."""
+def evaluate(chat, policy, held_out_lines, few, n=300):
+    """Gold and verdicts of n sampled answers, `few` at a time, on training and on held-out questions, and the
+    language-model loss."""
     result = {"text_loss": text_loss(policy, chat.tokenizer, held_out_lines)}
     for split in ("train", "held_out"):
         chat.reseed(12345)  # the same questions and sampling noise for every policy, whatever was trained
         questions = chat.world.questions(n, split, "evaluation")
-        answers = [a for i in range(0, n, 100) for a in chat.answer(policy, questions[i:i + 100])[1]]
+        answers = [a for i in range(0, n, few) for a in chat.answer(policy, questions[i:i + few])[1]]
         result[split] = {"score": sum(a["score"] for a in answers) / n}
         if not chat.world.fact_of:
             continue  # own prompts: nobody knows the right answers
@@ -629,7 +630,7 @@ def ask(chat, sft, folder, question):
         raise DataError(f"{folder / 'policy.pt'} is no policy of these flags ({type(e).__name__}): train it") from None
     for asked in [question] if question else iter(lambda: input("\nquestion, or nothing to end: ").strip(), ""):
         text = last_tokens(asked, chat.tokenizer, room)
-        print(side_by_side(both_answers(chat, sft, policy, [text])) + "(the beginning was cut)" * (text != asked))
+        print(side_by_side(both_answers(chat, sft, policy, [text])) + "(the beginning was cut)" * (text != asked.strip()))
 
 
 COLUMNS = {  # of metrics.csv and the log: what they mean, width, format
@@ -662,6 +663,8 @@ RUN_FILES = ("config.json", "checkpoint.pt", "metrics.csv", "policy.pt", "sample
 def load_checkpoint(path, training, config):
     """Set `training` to what the file holds; returns the rows of metrics until then. Raises DataError."""
     try:
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("checksum")  # torch.load looks at none
         saved = torch.load(path, map_location="cpu", weights_only=True)
         theirs, rows = saved["config"], saved["rows"]
         other = sorted(key for key in config | theirs if config.get(key) != theirs.get(key))
@@ -716,13 +719,10 @@ def run_rl(world, reference, args, folder, data=""):
             checkpoint()
 
     resume = args.resume and path.exists()
+    if args.resume and not resume:
+        print(f"\nnothing to resume in {folder}: from the start")
     if resume:
-        try:
-            rows = load_checkpoint(path, training, config)
-        except DataError:
-            if args.resume != "if equal":
-                raise
-            return run_rl(world, reference, argparse.Namespace(**vars(args) | {"resume": False}), folder, data)
+        rows = load_checkpoint(path, training, config)
         print(f"\nresumed from {path}: {training.step} of {args.steps} steps are done")
     for name in ("*.part", *(() if resume else RUN_FILES)):
         for old in folder.glob(name):
@@ -865,7 +865,7 @@ def parse(argv):
 def check(args):
     """What is wrong with the flags, in one line, or None."""
     for flag in ("steps", "batch_size", "epochs", "minibatches", "group", "lr", "temperature", "max_new_tokens",
-                 "micro_batch_size", "seeds", "reward_pairs", "reward_refresh", "limit"):
+                 "micro_batch_size", "seeds", "reward_pairs", "reward_refresh", "limit", "kl_target"):
         if getattr(args, flag, None) is not None and not 0 < getattr(args, flag) < math.inf:
             return f"--{flag.replace('_', '-')} must be a positive number, not {getattr(args, flag)}"
     for flag in ("beta", "clip", "vf_coef", "entropy_coef", "reward_noise"):
@@ -889,8 +889,6 @@ def check(args):
         return "--beta 0 cannot be steered to a --kl-target: it is multiplied"
     if args.kl == "reward" and args.kl_estimator != "k1":
         return "--kl reward takes k1: in the reward, the gradients of k2 and k3 are not the KL's"
-    if args.kl_target is not None and not 0 < args.kl_target < math.inf:
-        return f"--kl-target must be a positive number of nats, not {args.kl_target}"
     for flag in ("minibatches", "group"):
         if args.batch_size % getattr(args, flag):
             return f"--batch-size {args.batch_size} is not divisible by --{flag} {getattr(args, flag)}"
@@ -901,6 +899,8 @@ def check(args):
             return f"--{flag.replace('_', '-')} is for language; the grid world has its own start and rewards"
     if args.init and args.init not in GPT2 and not Path(args.init).is_file():
         return f"--init {args.init}: neither a file nor one of {', '.join(GPT2)}"
+    if args.reward != "model" and args.pairs:
+        return "--pairs teach the reward model: they are of no use to --reward " + args.reward
     if args.reward == "verifier" and args.prompts:
         return "--reward verifier: nobody knows the right answers to --prompts of your own"
     for flag in ("reward_pairs", "reward_refresh"):
@@ -912,10 +912,8 @@ def check(args):
         return f"--reward must be {', '.join(REWARDS)} or FILE.py:FUNCTION, not {args.reward}"
     if args.name is not None and Path(args.name).name != args.name:
         return f"--name {args.name}: the name of a folder, not a path; --out says where it lies"
-    if args.device == "cuda" and not torch.cuda.is_available():
-        return "--device cuda: no CUDA device here; use --device cpu"
-    if args.device == "mps" and not torch.backends.mps.is_available():
-        return "--device mps: no Apple GPU here; use --device cpu"
+    if not torch.get_device_module(args.device).is_available():
+        return f"--device {args.device}: there is none here; use --device cpu"
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()
@@ -945,7 +943,7 @@ def run(args):
         policy = run_rl(chat, sft, args, folder, data)
         if (folder / "evaluation.json").exists():
             return  # resumed after its end
-        before, after = (evaluate(chat, p, held_out_lines) for p in (sft, policy))
+        before, after = (evaluate(chat, p, held_out_lines, args.micro_batch_size or 100) for p in (sft, policy))
         show_evaluation(before, after)
         text = side_by_side(both_answers(chat, sft, policy, chat.world.questions(8, "held_out", "samples")))
         print(f"\nHeld-out questions, before and after:\n{text}")
@@ -961,11 +959,13 @@ def run(args):
 
 def run_quietly(args):
     """One of several runs, its log in a file. Returns why it diverged, or None."""
-    args.resume = "if equal"
     run_folder(args).mkdir(exist_ok=True)
     with open(run_folder(args) / "log.txt", "a") as log, contextlib.redirect_stdout(log):
         try:
-            run(args)
+            try:
+                run(argparse.Namespace(**vars(args) | {"resume": True}))
+            except DataError:  # what is there is another configuration's
+                run(args)
         except FloatingPointError as e:
             return e  # and the others go on
 

@@ -11,7 +11,6 @@ Everything is drawn from `random.Random(seed)`: the same seed, the same world.
 Run `python -m data.world`: a few lines of each kind of text.
 """
 import json
-import math
 import os
 import random
 import runpy
@@ -280,7 +279,7 @@ def read_jsonl(path, fields):
 
     Where only prompts are asked for, a file of any other name has one on each line. A pair without a prompt may be
     two transcripts in Anthropic's HH form, see `from_transcripts`."""
-    rows, plain = [], fields == ["prompt"] and path.suffix != ".jsonl"
+    rows, plain = [], fields == ["prompt"] and path.suffix not in (".jsonl", ".json")
     for number, line in enumerate(read_lines(path), 1):
         try:
             row = {"prompt": line} if plain else json.loads(line)
@@ -292,11 +291,11 @@ def read_jsonl(path, fields):
             row = from_transcripts(row)
         for field in fields:
             text = row.get(field)
-            if not isinstance(text, str) or not text.strip():
+            if not isinstance(text, str) or field == "prompt" and not text.strip():  # an answer may only end
                 raise DataError(f"{path}, line {number}: the field '{field}' is missing, empty or not a string")
             if any(0xD800 <= ord(c) < 0xE000 for c in text):
                 raise DataError(f"{path}, line {number}: the field '{field}' has half a character (a lone surrogate)")
-        rows.append(row)
+        rows.append({field: row[field] for field in fields})  # a `kind` of theirs is none of ours
     return rows
 
 
@@ -316,6 +315,7 @@ def from_transcripts(row):
 
 def last_tokens(text, tokenizer, room):
     """The end of a text that fits into `room` tokens; a text that fits comes back as it is."""
+    text = text.strip()
     tokens = tokenizer.encode(text)
     if len(tokens) > room:
         text = tokenizer.encoding.decode(tokens[-room:], errors="ignore").strip()
@@ -331,7 +331,7 @@ def read_own(path, fields, tokenizer, room, max_tokens):
     rows = read_jsonl(path, fields)
     cut = 0
     for row in rows:
-        whole, row["prompt"] = row["prompt"], last_tokens(row["prompt"], tokenizer, room)
+        whole, row["prompt"] = row["prompt"].strip(), last_tokens(row["prompt"], tokenizer, room)
         cut += row["prompt"] != whole
     long = sum(len(tokenizer.answer(row[field])) > max_tokens for row in rows for field in fields[1:])
     print(f"{path}: {len(rows)} rows, {cut} prompts cut from the left to {room} tokens, "
@@ -374,16 +374,16 @@ def own_reward(name):
     path, _, function = name.rpartition(":")
     try:
         given = runpy.run_path(path)[function]
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise DataError(f"--reward {name}: no such function ({type(e).__name__}: {e})") from None
 
     def score(prompts, responses):
         try:
             scores = [float(x) for x in given(list(prompts), list(responses))]
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             raise DataError(f"--reward {name} failed ({type(e).__name__}: {e}): it is given two lists of texts, "
                             f"prompts and responses, and returns a list of numbers") from None
-        if len(scores) != len(responses) or not all(map(math.isfinite, scores)):
+        if len(scores) != len(responses) or not all(abs(x) < 3e38 for x in scores):  # float32
             raise DataError(f"--reward {name} must return a finite number for each of {len(responses)} responses, "
                             f"not {len(scores)} numbers like {scores[:3]}")
         return scores
