@@ -1672,11 +1672,15 @@ def test_the_worked_example_of_each_file_runs(file, says, capsys, monkeypatch, t
 
 
 def test_the_readme_ladder_is_the_committed_csv():
-    """README: its tables are made from figures/ladder.csv, reuse.csv, kl.csv, gridworld.csv, variance.csv, the rates
-    from rates.csv."""
+    """README: its tables are made from figures/ladder.csv, reuse.csv, kl.csv, hacking_fits.csv, gridworld.csv,
+    variance.csv, the rates from rates.csv."""
     for figure in (ladder, reuse, kl):
         rows = list(csv.DictReader(open(figure.HERE / f"{figure.__name__[8:]}.csv")))
         assert "\n".join(figure.table(rows)) in README
+    for row in csv.DictReader(open(ROOT / "figures" / "hacking_fits.csv")):
+        name, alpha, beta, fit, peak, end, far = row.values()
+        assert (f"| {name} | {100 * float(peak):.0f} | {100 * float(end):.0f} | {float(far):.1f} | {float(alpha):.2f} | "
+                f"{float(beta):.2f} | {float(fit):.2f} |") in README
     rows = list(csv.DictReader(open(ROOT / "figures" / "gridworld.csv")))
     for algo in LADDER:
         runs = [row for row in rows if row["algo"] == algo]
