@@ -40,7 +40,7 @@ from torch.testing import assert_close
 import reward
 import train
 from data.world import KINDS, VERDICTS, DataError, Prompts, World, read_jsonl, read_own
-from figures import hacking, kl, ladder, reuse, uses
+from figures import credit, hacking, kl, ladder, reuse, uses, variance_language
 from figures.break_it import EXERCISES, break_it, main, readme_row
 from gae import discounted_return, gae, grpo_advantage, n_step_advantage, reward_to_go, rloo_advantage, td_error
 from gpt import GPT, GPTConfig, Tokenizer, generate, language_model_loss, train_tokenizer
@@ -964,6 +964,32 @@ def test_reward_to_go_has_the_same_mean_as_the_return_and_less_variance():
     assert 0.6 < variance(policy, P, G) / variance(policy, P, R) < 0.7
 
 
+def test_the_figure_measures_the_mean_and_the_variance_that_all_trajectories_have():
+    """Slide "Reducing Variance": figures/variance_language.py, from samples, against 80 trajectories: E[g] = grad J,
+    the covariance's trace of one trajectory's gradient, and of what two weights differ on the same trajectory."""
+    policy, n, batches = talker(), 16, 400
+    P = probability(distributions(policy))
+    V = table(lambda s, a: random.Random(f"{s}").uniform(0, 3))
+    weights = {("", x): WEIGHTS[x](PAID, V, REAL, None, SimpleNamespace(gamma=1.0)) for x in ("return", "baseline")}
+    dice = torch.Generator().manual_seed(0)
+
+    def sample(policy, n):
+        rows = P.detach().multinomial(n, replacement=True, generator=dice)
+        return {x: all_of_it[rows] for x, all_of_it in EVERYTHING.items()} | {"rows": rows}, {}
+    world = SimpleNamespace(sample=sample, temperature=TEMPERATURE)
+    world.logits_and_values = partial(Chat.logits_and_values, world)
+    found = variance_language.measure(world, policy, lambda b: {x: weights[x][b["rows"]] for x in weights}, batches, n)
+    J = grad(P @ RETURN, policy)
+    for name, (mean, squares, _) in found.items():
+        exact = variance(policy, P, weights[name])
+        assert abs(variance_language.variance(mean, squares, n) / exact - 1) < 0.12  # its standard error is 0.05
+        chance = math.sqrt(exact / (n * batches))  # the length that E|mean - grad J|^2 has
+        assert (mean - J[:len(mean)]).norm() < 1.5 * chance < 0.15 * J.norm()  # the heads' weights, the last, have none
+    mean, _, apart = found["", "baseline"]
+    between = variance(policy, P, weights["", "baseline"] - weights["", "return"])
+    assert abs(variance_language.variance(mean - found["", "return"][0], apart, n) / between - 1) < 0.12
+
+
 def test_with_one_reward_at_the_end_reward_to_go_is_the_return():
     """Slide "Reducing Variance": a language model at gamma = 1 has no past rewards that could be left out."""
     rewards = torch.tensor([[0, 0, 7.0, 0, 0], [0, 0, 0, 0, 8.0], [9.0, 0, 0, 0, 0]]) + JUNK
@@ -1131,6 +1157,33 @@ def test_the_mean_advantage_over_the_actions_is_0_in_every_state():
         for s in LEFT:
             close(sum(total[s, a] for a in range(4)), 0)
             close([total[s, a] / weight[s, a] for a in range(4)], [q[s, a] - V[s] for a in range(4)], 1e-10)
+
+
+def test_what_the_picture_of_credit_says_of_a_token_is_read_off_without_padding():
+    """Slide "Advantage Function": figures/credit.py on two answers of different length, each read alone here."""
+    policy, reference, critic = (tiny_gpt(BYTES.vocab_size, seed=seed) for seed in (1, 2, 3))
+    args = SimpleNamespace(beta=0.3, gamma=1.0, lam=0.9)
+    scorer = RewardModel(tiny_gpt(BYTES.vocab_size, seed=4))
+    chat = SimpleNamespace(tokenizer=BYTES, temperature=0.7, reward_model=scorer)
+    chat.logits_and_values = partial(Chat.logits_and_values, chat)
+    question, answers = "Where?", ["Shanghai", "No"]
+    for answer, rows in zip(answers, credit.credit(chat, policy, reference, critic, question, answers, args)):
+        given, said = BYTES.prompt(question), BYTES.answer(answer)
+        text = torch.tensor([given + said])
+        score = scorer(text, torch.ones_like(text).bool()).item()
+        assert "".join(row["token"] for row in rows) == f" {answer}<|end|>" and len(rows) == len(said)
+        value = [critic.value(critic(text[:, :len(given) + t]))[0, -1].item() for t in range(len(said))] + [0]
+        after = 0
+        for t, row in reversed(list(enumerate(rows))):
+            logp, logp_ref = (torch.log_softmax(x.logits(x(text[:, :len(given) + t]))[0, -1] / 0.7, 0)[said[t]].item()
+                              for x in (policy, reference))
+            reward = score * (t == len(said) - 1) - 0.3 * (logp - logp_ref)
+            delta = reward + value[t + 1] - value[t]
+            after = delta + 0.9 * after
+            close([row[x] for x in ("log-prob", "KL", "reward", "value", "TD error", "advantage")],
+                  [logp, logp - logp_ref, reward, value[t], delta, after], 1e-4)
+        surprises = sum(row["TD error"] for row in rows)
+        close(value[0] + surprises, score - 0.3 * sum(row["KL"] for row in rows), 1e-4)
 
 
 def test_gae_is_unbiased_at_any_lambda_if_V_is_right_and_only_at_lambda_1_if_it_is_wrong():
@@ -1673,10 +1726,14 @@ def test_the_worked_example_of_each_file_runs(file, says, capsys, monkeypatch, t
 
 def test_the_readme_ladder_is_the_committed_csv():
     """README: its tables are made from figures/ladder.csv, reuse.csv, kl.csv, hacking_fits.csv, gridworld.csv,
-    variance.csv, the rates from rates.csv."""
+    variance.csv, variance_language.csv, the rates from rates.csv."""
     for figure in (ladder, reuse, kl):
         rows = list(csv.DictReader(open(figure.HERE / f"{figure.__name__[8:]}.csv")))
         assert "\n".join(figure.table(rows)) in README
+    for row in csv.DictReader(open(ROOT / "figures" / "variance_language.csv")):
+        reward, weight, V, spread, variance, error, length, trajectories, bias, noise = row.values()
+        assert (f"| {reward} | {weight} | {V} | {float(spread):.1f} | {float(variance):.2f} ± {float(error):.2f} | "
+                f"{float(length):.2f} | {trajectories} | {float(bias):.2f} | {float(noise):.2f} |") in README
     for row in csv.DictReader(open(ROOT / "figures" / "hacking_fits.csv")):
         name, alpha, beta, fit, peak, end, far = row.values()
         assert (f"| {name} | {100 * float(peak):.0f} | {100 * float(end):.0f} | {float(far):.1f} | {float(alpha):.2f} | "

@@ -45,6 +45,32 @@ def measure(world, policy, weight, lam, discount):
             (variance * BATCH) ** 0.5 / size, torch.cosine_similarity(g.mean(0).flatten(), exact.flatten(), 0).item())
 
 
+def write(rows, names, groups, gradient, title, path):
+    """path.csv with all rows, and path.png: spread and bias of each group (label, colour, marker, its rows)."""
+    with open(path.with_suffix(".csv"), "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    for i, (label, color, marker, picked) in enumerate(groups):
+        y = [-names.index(row["weight"]) for row in picked]
+        axes[0].plot([row["spread"] for row in picked], y, marker, color=color, ms=8)
+        axes[1].barh([at + 0.12 - 0.24 * (i == 2) for at in y], [row["noise"] for row in picked], 0.2, color=color,
+                     alpha=0.3)
+        axes[1].plot([row["bias"] for row in picked], y, marker, color=color, ms=8, label=label)
+    axes[0].set(title="spread of one trajectory's gradient", xlabel=f"times the length of the {gradient} gradient",
+                yticks=range(0, -len(names), -1), yticklabels=names, xlim=0)
+    axes[1].set(title="bias", xlim=0,
+                xlabel=f"share of the {gradient} gradient's length (pale bar: sampling noise alone)")
+    axes[1].legend()
+    for axis in axes:
+        axis.grid(axis="y", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".png"), dpi=130)
+
+
 def main():
     """Measure every weight with both values, print the table, write the files."""
     world = GridWorld(gamma=0.9, limit=100_000)
@@ -68,30 +94,12 @@ def main():
             print("  ".join(f"{k} {v!s:<12}" for k, v in rows[-1].items()), flush=True)
             if without:
                 break
-    with open(HERE / "variance.csv", "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     names = list(dict.fromkeys(row["weight"] for row in rows))
-    for values, color, marker in (("none", "#000000", "D"), ("true", "#0072b2", "o"), ("off by 10", "#d55e00", "s")):
-        picked = [row for row in rows if row["V"] == values]
-        y = [-names.index(row["weight"]) for row in picked]
-        axes[0].plot([row["spread"] for row in picked], y, marker, color=color, ms=8)
-        axes[1].barh([i + (-0.12 if values == "off by 10" else 0.12) for i in y], [row["noise"] for row in picked], 0.2,
-                     color=color, alpha=0.3)
-        axes[1].plot([row["bias"] for row in picked], y, marker, color=color, ms=8, label=f"V: {values}")
-    axes[0].set(title="spread of one trajectory's gradient", xlabel="times the length of the exact gradient",
-                yticks=range(0, -len(names), -1), yticklabels=names, xlim=0)
-    axes[1].set(title="bias", xlabel="share of the exact gradient's length (pale bar: sampling noise alone)", xlim=0)
-    axes[1].legend()
-    for axis in axes:
-        axis.grid(axis="y", alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("A baseline narrows the gradient fivefold, GAE more; where V is wrong, it pays with bias")
-    figure.tight_layout()
-    figure.savefig(HERE / "variance.png", dpi=130)
+    write(rows, names, [("V: " + values, color, marker, [row for row in rows if row["V"] == values])
+                        for values, color, marker in (("none", "#000000", "D"), ("true", "#0072b2", "o"),
+                                                      ("off by 10", "#d55e00", "s"))],
+          "exact", "A baseline narrows the gradient fivefold, GAE more; where V is wrong, it pays with bias",
+          HERE / "variance")
 
 
 if __name__ == "__main__":
