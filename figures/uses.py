@@ -169,7 +169,7 @@ def draw(rows, curves):
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     seeds = len({row["seed"] for row in rows})
-    figure.suptitle(f"RL for alignment: safety, style, reasoning (a dot or a thin line is one of {seeds} seeds)")
+    figure.suptitle(f"RL for alignment: safety, style, reasoning (seeds: {seeds}; each has a dot or a thin line)")
     figure.tight_layout()
     figure.savefig(HERE / "uses.png", dpi=110)
 
