@@ -1797,6 +1797,7 @@ def test_several_algorithms_and_seeds_run_once_go_on_and_start_anew_when_a_flag_
         ("reinforce", "0", "24"), ("ppo-kl", "0", "24"), ("reinforce", "1", "24"), ("ppo-kl", "1", "24")]
     assert {p.name for p in tmp_path.glob("compare.*")} == {f"compare.{x}" for x in ("csv", "md", "png")}
     assert train.main([*flags, "--lr", "0.2"]) == 0 and len(sampled) == 13 + 12
+    assert train.main([*flags, "--lr", "0.1", "--resume"]) == 0 and len(sampled) == 13 + 24
 
 
 def test_confidence_intervals_and_curves_of_the_ladder_by_hand():

@@ -630,7 +630,8 @@ def ask(chat, sft, folder, question):
         raise DataError(f"{folder / 'policy.pt'} is no policy of these flags ({type(e).__name__}): train it") from None
     for asked in [question] if question else iter(lambda: input("\nquestion, or nothing to end: ").strip(), ""):
         text = last_tokens(asked, chat.tokenizer, room)
-        print(side_by_side(both_answers(chat, sft, policy, [text])) + "(the beginning was cut)" * (text != asked.strip()))
+        cut = "(the beginning was cut)" if text != asked.strip() else ""
+        print(side_by_side(both_answers(chat, sft, policy, [text])) + cut)
 
 
 COLUMNS = {  # of metrics.csv and the log: what they mean, width, format
@@ -660,8 +661,12 @@ RUN_FILES = ("config.json", "checkpoint.pt", "metrics.csv", "policy.pt", "sample
              "evaluation.json")
 
 
+class NotThisRun(DataError):
+    """A checkpoint is damaged, or another configuration's."""
+
+
 def load_checkpoint(path, training, config):
-    """Set `training` to what the file holds; returns the rows of metrics until then. Raises DataError."""
+    """Set `training` to what the file holds; returns the rows of metrics until then. Raises NotThisRun."""
     try:
         if zipfile.ZipFile(path).testzip():
             raise ValueError("checksum")  # torch.load looks at none
@@ -671,9 +676,9 @@ def load_checkpoint(path, training, config):
         if not other:
             training.load(saved)
     except Exception as e:
-        raise DataError(f"{path} is damaged ({type(e).__name__}): run without --resume, from the start") from None
+        raise NotThisRun(f"{path} is damaged ({type(e).__name__}): run without --resume, from the start") from None
     if other:
-        raise DataError(f"{path} belongs to another configuration ({', '.join(other)}): give its flags to --resume, "
+        raise NotThisRun(f"{path} belongs to another configuration ({', '.join(other)}): give its flags to --resume, "
                         f"or run without, from the start")
     return rows
 
@@ -960,12 +965,13 @@ def run(args):
 def run_quietly(args):
     """One of several runs, its log in a file. Returns why it diverged, or None."""
     run_folder(args).mkdir(exist_ok=True)
-    with open(run_folder(args) / "log.txt", "a") as log, contextlib.redirect_stdout(log):
+    with (open(run_folder(args) / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log),
+          contextlib.redirect_stderr(log)):
         try:
             try:
                 run(argparse.Namespace(**vars(args) | {"resume": True}))
-            except DataError:  # what is there is another configuration's
-                run(args)
+            except NotThisRun:
+                run(argparse.Namespace(**vars(args) | {"resume": False}))
         except FloatingPointError as e:
             return e  # and the others go on
 
@@ -981,6 +987,7 @@ def run_all(runs):
 
     On a CPU up to four at a time, each on its own cores: small tensors gain little from a second one.
     Returns the folders of those that came to their end."""
+    runs = list({run_folder(args): args for args in runs}.values())
     first = list({args.seed: args for args in reversed(runs)}.values())  # they make the stages that others share
     rest = [args for args in runs if args not in first]
     cores = os.cpu_count()
@@ -1024,7 +1031,7 @@ def main(argv=None):
     except EOFError:
         return 0  # no more questions
     except KeyboardInterrupt:
-        again = shlex.join([*argv, *(["--resume"] if not args.resume else [])])
+        again = shlex.join([*argv, *(["--resume"] if not (several or args.resume) else [])])
         print(f"\nstopped. To go on: python train.py {again}", file=sys.stderr)
         return 130
     return 0
