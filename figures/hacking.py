@@ -1,6 +1,7 @@
 """Over-optimisation of the reward model: what it says (proxy) and what the judge says (gold), ever further from SFT.
 
-After Gao et al. 2022, "Scaling laws for reward model overoptimization". Each batch is a point, the mean over seeds:
+After Gao et al. 2022, "Scaling laws for reward model overoptimization". Each batch is a point, smoothed over five, the
+mean over seeds (thin: a seed):
     d       sqrt(KL to the SFT policy), KL in nats an answer
     proxy   the score that is maximised, in standard deviations of the SFT policy's answers
     gold    share of answers that the judge finds right
@@ -111,11 +112,15 @@ def mean_curve(rows, name):
 
 
 def draw(rows, table, picture, title):
-    """Proxy on the left, gold on the right, in hacking.png with its fits, dashed; a square where a run ends."""
+    """Proxy on the left, gold on the right, in hacking.png with its fits, dashed; thin: a seed, square: where the mean ends."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 5))
     start = np.mean([row["gold"] - row["gain"] for row in rows])
     for name in PICTURES[picture]:
         color = COLORS[3] if name == BON else SETTINGS[name][1]
+        for seed in {row["seed"] for row in rows}:
+            x, *ys = mean_curve([row for row in rows if row["seed"] == seed], name)
+            for axis, y in zip(axes, ys):
+                axis.plot(x, y, color=color, lw=0.8, alpha=0.5)
         d, proxy, gold = mean_curve(rows, name)
         for axis, y in zip(axes, (proxy, gold)):
             axis.plot(d, y, "o-" if name == BON else "-", color=color, lw=2, ms=4, label=name)
@@ -144,7 +149,7 @@ def main(out="out", *seeds):
     for row in table:
         print("  ".join(f"{k} {v:5.2f}" if k != "setting" else f"{v:<24}" for k, v in row.items()))
     draw(rows, table, "hacking",
-         "The score keeps rising, right answers rise and fall; a KL penalty stops the run on the way")
+         "The score rises or stays, right answers rise and fall; a KL penalty stops the run on the way")
     draw(rows, table, "hacking_pairs",
          "Without KL right answers fall under every reward model, but not to nothing where pairs are many, or new")
 

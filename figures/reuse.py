@@ -100,7 +100,7 @@ def draw(rows):
         axis.yaxis.set_major_formatter("{x:g}")
     axes[2].set_ylim(0, 100)
     axes[2].legend(frameon=False, loc="lower left")
-    figure.suptitle("Two passes are free, sixteen break every loss: the ratio mends little, the clip more")
+    figure.suptitle("Two passes cost little, sixteen break every loss: the ratio mends some of it, the clip more")
     figure.tight_layout()
     figure.savefig(HERE / "reuse.png", dpi=130)
 
