@@ -1735,9 +1735,10 @@ def test_the_readme_ladder_is_the_committed_csv():
         assert (f"| {reward} | {weight} | {V} | {float(spread):.1f} | {float(variance):.2f} ± {float(error):.2f} | "
                 f"{float(length):.2f} | {trajectories} | {float(bias):.2f} | {float(noise):.2f} |") in README
     for row in csv.DictReader(open(ROOT / "figures" / "hacking_fits.csv")):
-        name, alpha, beta, fit, peak, end, far = row.values()
-        assert (f"| {name} | {100 * float(peak):.0f} | {100 * float(end):.0f} | {float(far):.1f} | {float(alpha):.2f} | "
-                f"{float(beta):.2f} | {float(fit):.2f} |") in README
+        name, *numbers = row.values()
+        alpha, beta, fit, peak, end, far = map(float, numbers)
+        cells = f"{100 * peak:.0f} | {100 * end:.0f} | {far:.1f} | {alpha:.2f} | {beta:.2f} | {fit:.2f} |"
+        assert f"| {name} | {cells}" in README
     rows = list(csv.DictReader(open(ROOT / "figures" / "gridworld.csv")))
     for algo in LADDER:
         runs = [row for row in rows if row["algo"] == algo]

@@ -112,7 +112,7 @@ def mean_curve(rows, name):
 
 
 def draw(rows, table, picture, title):
-    """Proxy on the left, gold on the right, in hacking.png with its fits, dashed; thin: a seed, square: where the mean ends."""
+    """Proxy on the left, gold on the right, with fits, dashed, in hacking.png; thin: a seed, square: the mean's end."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 5))
     start = np.mean([row["gold"] - row["gain"] for row in rows])
     for name in PICTURES[picture]:

@@ -141,7 +141,7 @@ def main(out="out", seed=0):
                      "bias": round((mean - yardstick).norm().item() / size, 3), "noise": round(noise / size, 3)})
         print("  ".join(f"{k} {v!s:<12}" for k, v in rows[-1].items()))
     tokens, pull = left(chat, policy, critic)
-    print(f"its own V leaves {tokens:.0%} of the squared score over all tokens, {pull:.0%} where the gradient comes from")
+    print(f"its own V leaves {tokens:.0%} of the squared score over all tokens, {pull:.0%} where the gradient is")
 
     names = ["return", "reward-to-go", "baseline", *(f"GAE {lam}" for lam in LAMBDAS)]
     write(rows, names, [("V: " + label, color, marker, [r for r in rows if (r["reward"], r["V"]) == ("score", V)])
