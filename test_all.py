@@ -967,7 +967,7 @@ def test_reward_to_go_has_the_same_mean_as_the_return_and_less_variance():
 def test_the_figure_measures_the_mean_and_the_variance_that_all_trajectories_have():
     """Slide "Reducing Variance": figures/variance_language.py, from samples, against 80 trajectories: E[g] = grad J,
     the covariance's trace of one trajectory's gradient, and of what two weights differ on the same trajectory."""
-    policy, n, batches = talker(), 16, 400
+    policy, n, batches = talker(), 32, 150
     P = probability(distributions(policy))
     V = table(lambda s, a: random.Random(f"{s}").uniform(0, 3))
     weights = {("", x): WEIGHTS[x](PAID, V, REAL, None, SimpleNamespace(gamma=1.0)) for x in ("return", "baseline")}
@@ -982,12 +982,12 @@ def test_the_figure_measures_the_mean_and_the_variance_that_all_trajectories_hav
     J = grad(P @ RETURN, policy)
     for name, (mean, squares, _) in found.items():
         exact = variance(policy, P, weights[name])
-        assert abs(variance_language.variance(mean, squares, n) / exact - 1) < 0.12  # its standard error is 0.05
+        assert abs(variance_language.variance(mean, squares, n) / exact - 1) < 0.15  # its standard error is 0.07
         chance = math.sqrt(exact / (n * batches))  # the length that E|mean - grad J|^2 has
-        assert (mean - J[:len(mean)]).norm() < 1.5 * chance < 0.15 * J.norm()  # the heads' weights, the last, have none
+        assert (mean - J[:len(mean)]).norm() < 1.5 * chance < 0.2 * J.norm()  # the heads' weights, the last, have none
     mean, _, apart = found["", "baseline"]
     between = variance(policy, P, weights["", "baseline"] - weights["", "return"])
-    assert abs(variance_language.variance(mean - found["", "return"][0], apart, n) / between - 1) < 0.12
+    assert abs(variance_language.variance(mean - found["", "return"][0], apart, n) / between - 1) < 0.15
 
 
 def test_with_one_reward_at_the_end_reward_to_go_is_the_return():

@@ -12,7 +12,8 @@ its mean is the yardstick. What the mean of another weight differs from it on th
     length    |E[g]| / |grad J|, each |E[g]| less what noise adds to it; |grad J| is the yardstick's
     trajectories   how many must be averaged until the spread is a tenth of |E[g]|: a short g gains nothing
     bias      |E[g] - yardstick| / |grad J|; noise: the length that sampling alone gives it
-The reward is the score at the end, then also with the KL in it. Questions of the three kinds take turns, as in RL.
+The reward is the score at the end; in the last rows also the KL, which V was not taught. Questions of the three kinds
+take turns, as in RL.
 Run `python -m figures.variance_language [out] [seed]`: prints the table, writes variance_language.csv and .png beside
 this script; five minutes on one core once the stages are there.
 """
@@ -141,7 +142,7 @@ def main(out="out", seed=0):
                      "bias": round((mean - yardstick).norm().item() / size, 3), "noise": round(noise / size, 3)})
         print("  ".join(f"{k} {v!s:<12}" for k, v in rows[-1].items()))
     tokens, pull = left(chat, policy, critic)
-    print(f"its own V leaves {tokens:.0%} of the squared score over all tokens, {pull:.0%} where the gradient is")
+    print(f"its own V leaves {tokens:.0%} of the squared score over all tokens, {pull:.0%} where the gradient is made")
 
     names = ["return", "reward-to-go", "baseline", *(f"GAE {lam}" for lam in LAMBDAS)]
     write(rows, names, [("V: " + label, color, marker, [r for r in rows if (r["reward"], r["V"]) == ("score", V)])
