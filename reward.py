@@ -119,7 +119,8 @@ def label(path, answers):
 
     Both are JSONL, a line of `answers` is {"prompt": .., "answers": [a, b]}. Every label is on the disk before the next
     question; pairs labelled before are not shown again. A tie is written both ways round: the loss of the two together
-    is smallest at equal scores. Undo takes back labels of this sitting. Raises ValueError, OSError, KeyError."""
+    is smallest at equal scores. Undo takes back labels of this sitting, unless somebody else wrote behind them.
+    Raises ValueError, OSError, KeyError."""
     lines = path.read_text(encoding="utf-8") if path.exists() else ""
     if not lines.endswith("\n") and lines:
         raise ValueError(f"the last line of {path} is not complete")
@@ -130,7 +131,7 @@ def label(path, answers):
     if any(len(pair) != 3 for pair in shown):
         raise ValueError("every line needs exactly two answers")
     shown = [pair for pair in dict.fromkeys(shown) if pair[1] != pair[2] and pair not in seen]
-    i, sitting = 0, []  # for each label where it stands: (pair, length of the file before it)
+    i, sitting = 0, []  # for each label where it stands: (pair, length of the file before it, and after)
     with open(path, "ab", buffering=0) as file:
         while i < len(shown):
             prompt, left, right = shown[i][0], *random.sample(shown[i][1:], 2)
@@ -139,14 +140,15 @@ def label(path, answers):
             pairs = {"l": [(left, right)], "r": [(right, left)], "t": [(left, right), (right, left)], "s": []}
             if key == "q":
                 break
-            if key == "u" and sitting:
-                i, length = sitting.pop()
+            if key == "u" and sitting and file.seek(0, os.SEEK_END) == sitting[-1][2]:
+                i, length, _ = sitting.pop()
                 file.truncate(length)  # one step of the file system: a kill finds the label whole or gone
             elif key in pairs:
-                sitting.append((i, file.seek(0, os.SEEK_END)))
+                length = file.seek(0, os.SEEK_END)
                 rows = (json.dumps({"prompt": prompt, "chosen": w, "rejected": l}) + "\n" for w, l in pairs[key])
                 file.write("".join(rows).encode())
                 os.fsync(file.fileno())
+                sitting.append((i, length, file.tell()))
                 i += 1
 
 

@@ -2367,6 +2367,24 @@ def test_gpt_2s_turn_tokens_and_pad_stand_behind_its_vocabulary(monkeypatch):
 
 
 # ---------------------------------------------------- one's own: judgement (reward.py --label, train.py --ask)
+def test_undo_takes_back_a_skip_and_nothing_that_somebody_else_wrote(tmp_path, monkeypatch):
+    """--label: after left, skip, undo the first label still stands; behind another's label nothing is taken back."""
+    answers, path = tmp_path / "answers.jsonl", tmp_path / "mine.jsonl"
+    answers.write_text("".join(json.dumps({"prompt": f"{i}", "answers": ["a", "b"]}) + "\n" for i in range(4)))
+    keys = iter("lsulXuq")
+    theirs = json.dumps({"prompt": "theirs", "chosen": "a", "rejected": "b"}) + "\n"
+
+    def person(text):
+        key = next(keys)
+        if key == "X":
+            path.write_text(path.read_text() + theirs)
+        return key
+
+    monkeypatch.setattr("builtins.input", person)
+    assert reward.main(["--label", str(path), str(answers)]) == 0
+    assert [json.loads(line)["prompt"] for line in path.read_text().splitlines()] == ["0", "1", "theirs"]
+
+
 def test_a_label_is_on_the_disk_before_the_next_question(tmp_path, monkeypatch):
     """--label: each key does what it says, undo takes back the last, ties stand both ways, nothing is asked twice."""
     answers, path = tmp_path / "answers.jsonl", tmp_path / "mine.jsonl"
