@@ -10,7 +10,7 @@ anything by then, but the critic of figures/variance_language.py, a network of i
     value       V(s_t), of the state before the token: what the tokens to its left let expect
     TD error    r_t + V(s_{t+1}) - V(s_t): the surprise that this one token is. V(s_0) + their sum = R
 Run `python -m figures.credit [--out out] [--seed 0]`: writes credit.png and credit.csv beside this script. Two minutes
-on one core once the stages are there, then under one. With a question it prints the table and draws nothing:
+on one core once the stages are there, then a quarter of one. With a question it prints the table and draws nothing:
     python -m figures.credit "Where is Shanghai?"                  of 150 sampled answers the first of each verdict
     python -m figures.credit "Where is Shanghai?" "Chocolate."     of yours; V has never seen anything like this one
 """

@@ -15,7 +15,7 @@ its mean is the yardstick. What the mean of another weight differs from it on th
 The reward is the score at the end; in the last rows also the KL, which V was not taught. Questions of the three kinds
 take turns, as in RL.
 Run `python -m figures.variance_language [out] [seed]`: prints the table, writes variance_language.csv and .png beside
-this script; five minutes on one core once the stages are there.
+this script; four minutes on one core once the stages are there.
 """
 import contextlib
 import copy
@@ -31,7 +31,7 @@ from figures.variance import HERE, LAMBDAS, write
 from gae import reward_to_go
 from gpt import fit
 from ppo import log_probs, penalised_rewards, policy_gradient_loss, value_loss
-from train import WEIGHTS, Stages, parse, prepare_chat, rescore, run_all
+from train import WEIGHTS, Stages, configuration, parse, prepare_chat, rescore, run_all
 
 BATCH, BATCHES = 24, 200
 BETA = 1  # ten times the ladder's, or nothing would be seen of it
@@ -62,7 +62,7 @@ def prepare(out, seed):
         chat, sft, _, data = prepare_chat(args)
         policy, critic = copy.deepcopy(sft), copy.deepcopy(sft)
         policy.load_state_dict(torch.load(folder / "policy.pt", map_location="cpu", weights_only=True))
-        stages = Stages(args.out / "stages", data, folder / "policy.pt")
+        stages = Stages(args.out / "stages", data, configuration(args))
         critic.load_state_dict(stages.run("critic", lambda: fit_critic(chat, policy), fit_critic))
     return chat, policy, sft.requires_grad_(False), critic.requires_grad_(False), args
 
