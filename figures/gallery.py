@@ -13,6 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from figures.break_it import EXERCISES, Exercise, patched
+from train import write_csv
 
 HERE = Path(__file__).parent
 RIGHT = Exercise("ppo.py", "import torch\n", "import torch\n", "the right code", "", "")  # a patch that changes nothing
@@ -79,10 +80,7 @@ def main(out):
         for exercise in [RIGHT, *(exercises[words] for words in GALLERY)]:
             print(f"training: {exercise.words}", flush=True)
             rows += train_with(exercise, stages)
-        with open(HERE / "gallery.csv", "w", newline="") as f:
-            writer = csv.DictWriter(f, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(HERE / "gallery.csv", rows)
     with open(HERE / "gallery.csv") as f:
         draw(list(csv.DictReader(f)))
     print(f"drawn in {HERE / 'gallery.png'}")

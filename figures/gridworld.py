@@ -5,7 +5,6 @@ discounted return; counted are the moves sampled before it, 20 seeds a rung, at 
 Learning rates: LR, chosen on seeds 100 to 105 from 0.02, 0.05, 0.1 for each rung: most arrivals, then fewest moves.
 Run `python -m figures.gridworld`: writes gridworld.csv and gridworld.png beside this script (ten minutes).
 """
-import csv
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -14,7 +13,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from gridworld import ARROWS, GridWorld
-from train import LADDER, parse, reinforce
+from train import LADDER, parse, reinforce, write_csv
 
 HERE = Path(__file__).parent
 SEEDS = range(20)
@@ -76,10 +75,7 @@ def main():
         found = [row["moves"] for row in rows if row["algo"] == algo and row["moves"] is not None]
         print(f"{algo:<16} lr {lr}: {len(found)} of {len(SEEDS)} seeds arrived" +
               (f", moves: median {median(found):.0f}, {min(found)} to {max(found)}" if found else ""), flush=True)
-    with open(HERE / "gridworld.csv", "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(HERE / "gridworld.csv", rows)
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), width_ratios=[1, 1.3])
     draw_cat(axes[0], *train("ppo", 0, LR["ppo"], until_arrived=False)[2:])

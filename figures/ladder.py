@@ -16,7 +16,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from train import LADDER
+from train import LADDER, write_csv
 
 HERE = Path(__file__).parent
 WINDOW = 5  # batches that a curve is smoothed over
@@ -134,10 +134,7 @@ def draw(runs, path):
 def write(runs, path):
     """path.csv, path.md, path.png of the runs; returns the lines of the table."""
     rows = [row for row, _ in runs]
-    with open(path.with_suffix(".csv"), "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path.with_suffix(".csv"), rows)
     lines = table(rows)
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw(runs, path)

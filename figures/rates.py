@@ -8,7 +8,7 @@ prints the table and writes rates.csv beside this script.
 import csv
 from pathlib import Path
 
-from train import LADDER, main as train
+from train import LADDER, main as train, write_csv
 
 HERE = Path(__file__).parent
 OUT = Path("out/rates")
@@ -36,10 +36,7 @@ def main():
         best = max(tried, key=lambda row: row["score - 0.1 KL"])
         print(f"{algo:<16}" + "".join(f"  {row['lr']}: {row['score - 0.1 KL']:6.3f}{'*' if row is best else ' '}"
                                       for row in tried))
-    with open(HERE / "rates.csv", "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(HERE / "rates.csv", rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ measured with the true V^pi, and with one that is off by a standard deviation of
     trajectories   how many must be averaged until the spread is a tenth of the gradient
 Run `python -m figures.variance`: prints the table, writes variance.csv and variance.png beside this script (a minute).
 """
-import csv
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +18,7 @@ import torch
 
 from gridworld import GridWorld
 from ppo import log_probs, policy_gradient_loss
-from train import WEIGHTS
+from train import WEIGHTS, write_csv
 
 HERE = Path(__file__).parent
 BATCH, BATCHES = 100, 200
@@ -47,10 +46,7 @@ def measure(world, policy, weight, lam, discount):
 
 def write(rows, names, groups, gradient, title, path):
     """path.csv with all rows, and path.png: spread and bias of each group (label, colour, marker, its rows)."""
-    with open(path.with_suffix(".csv"), "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path.with_suffix(".csv"), rows)
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     for i, (label, color, marker, picked) in enumerate(groups):
         y = [-names.index(row["weight"]) for row in picked]
