@@ -45,10 +45,10 @@ class Attention(nn.Module):
 
     def forward(self, x, visible, cache, start):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                               # each (B, H, T, D)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        q, k, v = qkv                                                      # each (B, H, T, D)
         if cache is not None:
-            cache[:, :, :, start:start + T] = torch.stack((k, v))          # (2, B, H, T_max, D), written in place
+            cache[:, :, :, start:start + T] = qkv[1:]                      # (2, B, H, T_max, D), written in place
             k, v = cache[:, :, :, :start + T]                              # each (B, H, start + T, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))             # (B, T, C)

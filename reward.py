@@ -127,9 +127,9 @@ def label(path, answers):
     done = [json.loads(line) for line in lines.split("\n")[:-1]]
     seen = {(row["prompt"], *sorted((row["chosen"], row["rejected"]))) for row in done}
     rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").split("\n") if line]
-    shown = [(row["prompt"], *sorted(row["answers"])) for row in rows]
-    if any(len(pair) != 3 for pair in shown):
+    if any(not isinstance(row["answers"], list) or len(row["answers"]) != 2 for row in rows):
         raise ValueError("every line needs exactly two answers")
+    shown = [(row["prompt"], *sorted(row["answers"])) for row in rows]
     shown = [pair for pair in dict.fromkeys(shown) if pair[1] != pair[2] and pair not in seen]
     i, sitting = 0, []  # for each label where it stands: (pair, length of the file before it, and after)
     with open(path, "ab", buffering=0) as file:
@@ -146,7 +146,10 @@ def label(path, answers):
             elif key in pairs:
                 length = file.seek(0, os.SEEK_END)
                 rows = (json.dumps({"prompt": prompt, "chosen": w, "rejected": l}) + "\n" for w, l in pairs[key])
-                file.write("".join(rows).encode())
+                text = "".join(rows).encode()
+                if file.write(text) < len(text):
+                    file.truncate(length)
+                    raise OSError("no space is left for this label")
                 os.fsync(file.fileno())
                 sitting.append((i, length, file.tell()))
                 i += 1

@@ -22,11 +22,13 @@ import random
 import re
 import runpy
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from functools import cache, partial, partialmethod
 from pathlib import Path
 from types import SimpleNamespace
@@ -2144,6 +2146,25 @@ def test_a_checkpoint_that_is_damaged_or_of_another_run_is_refused(tmp_path, cap
         assert other[0][2:].replace("-", "_") in line
 
 
+def test_a_flipped_byte_in_any_file_of_weights_is_noticed(untrained, tmp_path, capsys):
+    """Every .pt file that is read again, with one byte of its largest tensor changed: status 2, one line with its name.
+
+    torch.load would take the weights as they are."""
+    flags = [*FLAGS["language"].split(), "--steps", "1", "--out", str(tmp_path)]
+    assert train.main(flags) == 0
+    run = tmp_path / "language-ppo-adaptive-kl-0"
+    for path, more in [*((p, []) for p in sorted((tmp_path / "stages").glob("*.pt"))),
+                       (run / "policy.pt", ["--ask", "Where is Rome?"]), (run / "checkpoint.pt", ["--resume"])]:
+        saved = path.read_bytes()
+        tensor = max(zipfile.ZipFile(path).infolist(), key=lambda entry: entry.file_size)
+        middle = tensor.header_offset + 200 + tensor.file_size // 2
+        path.write_bytes(saved[:middle] + bytes([saved[middle] ^ 64]) + saved[middle + 1:])
+        torch.load(path, weights_only=True)
+        line = complaint(capsys, [*flags, *more])
+        assert path.name in line and ("damaged" in line or "no policy" in line)
+        path.write_bytes(saved)
+
+
 @pytest.mark.parametrize("env", FLAGS)
 def test_a_learning_rate_out_of_this_world_is_said_to_be_one(env, untrained, tmp_path, capsys):
     """Bad input: exit status 1, one line, and the policy that is kept is the one before it broke."""
@@ -2410,6 +2431,29 @@ def test_a_label_is_on_the_disk_before_the_next_question(tmp_path, monkeypatch):
     assert on_disk == [4, 5, 6] and read_jsonl(path, ["prompt"])[-3]["prompt"] == "2"  # the one that was skipped
 
 
+def test_a_label_that_the_disk_has_no_room_for_leaves_none_of_its_bytes(tmp_path, monkeypatch, capsys):
+    """--label: a tie is two lines; with room for one and a half the file stays as it was: status 2, one line."""
+    resource = pytest.importorskip("resource", reason="a limit on the size of files needs Unix")
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"prompt": "{i}", "answers": ["a", "b"]}}\n' for i in range(2)))
+    path, keys = tmp_path / "m.jsonl", iter("lt")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def person(text):
+        if path.stat().st_size:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size * 5 // 2, limits[1]))
+        return next(keys)
+
+    monkeypatch.setattr("builtins.input", person)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        assert reward.main(["--label", str(path), str(tmp_path / "a.jsonl")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert [json.loads(line)["prompt"] for line in path.read_text().splitlines()] == ["0"]
+
+
 def test_left_and_right_are_drawn_by_lot(tmp_path, monkeypatch):
     """--label: where an answer stands says nothing about where it came from."""
     rows = [json.dumps({"prompt": f"{i}", "answers": ["a", "b"]}) + "\n" for i in range(99)]
@@ -2420,15 +2464,16 @@ def test_left_and_right_are_drawn_by_lot(tmp_path, monkeypatch):
     assert 25 < sum(lefts) < 74 and len(lefts) == 99
 
 
-def test_a_file_of_labels_that_is_damaged_is_not_appended_to(tmp_path, capsys):
+def test_a_file_of_labels_that_is_damaged_is_not_appended_to(tmp_path, monkeypatch, capsys):
     """--label: status 2, one line, the file as it was."""
+    monkeypatch.setattr("builtins.input", lambda text: "q")
     (tmp_path / "a.jsonl").write_text('{"prompt": "p", "answers": ["a", "b"]}\n')
-    for content in ('{"prompt": "p", "cho', "[1]\n", "7\n", '{"prompt": "p"}\n'):
-        for mine, theirs in (("m", "a"), ("a", "m")):
+    for content in ('{"prompt": "p", "cho', "[1]\n", "7\n", '{"prompt": "p"}\n', '{"prompt": "p", "answers": "ab"}\n'):
+        for mine, theirs in (("m", "a"), ("new", "m")):
             (tmp_path / "m.jsonl").write_text(content)
             assert reward.main(["--label", str(tmp_path / f"{mine}.jsonl"), str(tmp_path / f"{theirs}.jsonl")]) == 2
             assert len(capsys.readouterr().err.strip().splitlines()) == 1
-            assert (tmp_path / "m.jsonl").read_text() == content
+            assert (tmp_path / "m.jsonl").read_text() == content and not (tmp_path / "new.jsonl").exists()
 
 
 def test_ask_shows_both_policies_answers_and_trains_nothing(untrained, tmp_path, monkeypatch, capsys):

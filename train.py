@@ -433,6 +433,13 @@ def text_loss(model, tokenizer, lines):
     return language_model_loss(model, *tokenizer.pad_rows(rows, "right", model.wte.weight.device)).item()
 
 
+def load_whole(path):
+    """What torch.save wrote there. Raises what zipfile and torch.load raise, and ValueError for a wrong checksum."""
+    if zipfile.ZipFile(path).testzip():
+        raise ValueError("checksum")  # torch.load looks at none
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 class Stages:
     """Results of the stages before RL, in files named by a hash of all that determines them: settings, code, data,
     and the stages before."""
@@ -461,7 +468,7 @@ class Stages:
             write_beside(path, lambda temporary: torch.save(result, temporary))
             print(f"{name:<13} made in {time.time() - start:.0f} s, kept in {path}")
         try:
-            return torch.load(path, weights_only=True)
+            return load_whole(path)
         except Exception as e:
             raise DataError(f"{path} is damaged ({type(e).__name__}): delete it, and the stage runs again") from None
 
@@ -625,7 +632,7 @@ def ask(chat, sft, folder, question):
     """The SFT policy's and the trained one's answers to one question or, if it is empty, to all that is typed in."""
     policy, room = copy.deepcopy(sft), sft.config.n_positions - chat.max_new_tokens - 2
     try:
-        policy.load_state_dict(torch.load(folder / "policy.pt", map_location="cpu", weights_only=True))
+        policy.load_state_dict(load_whole(folder / "policy.pt"))
     except Exception as e:
         raise DataError(f"{folder / 'policy.pt'} is no policy of these flags ({type(e).__name__}): train it") from None
     for asked in [question] if question else iter(lambda: input("\nquestion, or nothing to end: ").strip(), ""):
@@ -668,9 +675,7 @@ class NotThisRun(DataError):
 def load_checkpoint(path, training, config):
     """Set `training` to what the file holds; returns the rows of metrics until then. Raises NotThisRun."""
     try:
-        if zipfile.ZipFile(path).testzip():
-            raise ValueError("checksum")  # torch.load looks at none
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = load_whole(path)
         theirs, rows = saved["config"], saved["rows"]
         other = sorted(key for key in config | theirs if config.get(key) != theirs.get(key))
         if not other:
