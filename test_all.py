@@ -42,7 +42,7 @@ from torch.testing import assert_close
 import reward
 import train
 from data.world import KINDS, VERDICTS, DataError, Prompts, World, read_jsonl, read_own
-from figures import credit, hacking, kl, ladder, reuse, uses, variance_language
+from figures import credit, hacking, kl, ladder, reuse, speed, uses, variance_language
 from figures.break_it import EXERCISES, break_it, main, readme_row
 from gae import discounted_return, gae, grpo_advantage, n_step_advantage, reward_to_go, rloo_advantage, td_error
 from gpt import GPT, GPTConfig, Tokenizer, generate, language_model_loss, train_tokenizer
@@ -802,6 +802,15 @@ def test_tokens_are_drawn_from_the_softmax_that_scores_them_at_the_same_temperat
         frequency = torch.bincount(sample.tokens[:, 0], minlength=WORDS) / n
         assert (abs(frequency - pi) < 4 * (pi * (1 - pi) / n).sqrt()).all()
         close(sample.logp[:, 0], pi.log()[sample.tokens[:, 0]], 1e-5)
+
+
+def test_sampling_with_a_cache_says_what_reading_everything_again_says():
+    """Slide "Trajectory for LLMs": equal noise, equal tokens; figures/speed.py has the slow way."""
+    model, prompt = tiny_gpt(), torch.stack(random_rows(*[4] * 9))
+    fast, slow = (sample(model, prompt, ones(9, 4), 28, -1, generator=torch.Generator().manual_seed(0))
+                  for sample in (generate, speed.uncached))
+    assert torch.equal(fast.tokens, slow)
+    assert len(slow.unique()) == WORDS
 
 
 def test_an_answer_that_cannot_fit_is_refused():
