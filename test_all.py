@@ -1831,9 +1831,11 @@ def test_confidence_intervals_and_curves_of_the_ladder_by_hand():
 def test_a_run_that_diverges_stays_in_the_figures_table_and_leaves_the_others_alone(figure, breaks, run, line, tmp_path,
                                                                                     monkeypatch, capsys):
     """figures/reuse.py, kl.py: seed 1 breaks after a batch, seed 2 in its first: counted, without an end or a mean."""
-    for name, value in (("HERE", tmp_path), ("EPOCHS", (1, 2)),
-                        ("FLAGS", "--algo ppo --env gridworld --steps 3 --batch-size 8".split())):
-        monkeypatch.setattr(figure, name, value, raising=False)
+    small = "--env gridworld --steps 3 --batch-size 8"
+    monkeypatch.setattr(figure, "HERE", tmp_path)
+    monkeypatch.setattr(kl, "FLAGS", f"--algo ppo {small}".split())
+    monkeypatch.setattr(reuse, "SETTINGS", {setting: f"{small} --epochs {setting[1]}" for setting in reuse.SETTINGS
+                                            if setting[1] <= 4})
 
     def diverge(call, args):
         what, _, flags = args

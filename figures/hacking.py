@@ -73,15 +73,15 @@ def sample_best_of(args):
 
 def measure(out, seeds):
     """A row for each batch of each run, and for each n of best-of-n, whose `step` is n."""
+    runs = {seed: {name: train.parse([*RL, *flags, "--out", out, "--seed", seed,
+                                      "--name", "hacking-" + name.replace(",", "").replace(" ", "-")])
+                   for name, (flags, _) in SETTINGS.items()} for seed in seeds}
+    finished = train.run_all([args for settings in runs.values() for args in settings.values()])
     rows = []
-    for seed in seeds:
-        runs = {name: train.parse([*RL, *flags, "--out", out, "--seed", seed,
-                                   "--name", "hacking-" + name.replace(",", "").replace(" ", "-")])
-                for name, (flags, _) in SETTINGS.items()}
-        finished = train.run_all(list(runs.values()))
-        curves = {BON: sample_best_of(runs["1,000 pairs"])}
+    for seed, settings in runs.items():
+        curves = {BON: sample_best_of(settings["1,000 pairs"])}
         sft = curves[BON][0][-1]
-        for name, args in runs.items():
+        for name, args in settings.items():
             if train.run_folder(args) in finished:
                 c = read_run(train.run_folder(args))[1]
                 curves[name] = zip(range(args.steps), c["kl"], c["reward"], c["gold"])

@@ -109,7 +109,8 @@ def main(out="out", *seeds):
     rows, logs = [], {setting: [] for setting in SETTINGS}
     for setting, args in runs:
         row, log = read(args, run_folder(args) in finished, ENDS)
-        rows.append({"setting": setting, "beta": float(log[-1]["beta"]) if log else ""} | row)
+        beta = float(log[-1]["beta"]) if log and args.kl != "none" else ""
+        rows.append({"setting": setting, "beta": beta} | row)
         logs[setting].append(log)
     write_csv(HERE / "kl.csv", rows)
     print("\n".join(table(rows)))

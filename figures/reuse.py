@@ -2,7 +2,8 @@
 
 Three losses, each with 1, 2, 4, 8 and 16 passes over every batch: the policy gradient as if the batch were fresh
 (off-policy: no ratio), importance sampling, and PPO's clip. All else is equal, the learning rate too (1e-4, three times
-what several passes have by default): 30 batches of 64 answers, two minibatches a pass, no KL in the loss.
+what several passes have by default): 30 batches of 64 answers, two minibatches a pass, no KL in the loss. A control has the
+optimizer steps of 4 and of 8 passes, each on 32 fresh answers: 240 and 480 batches, 4 and 8 times the answers.
     outside the clip   share of tokens whose ratio pi / pi_old left 1 +- 0.2, mean over all updates of the run
     KL(pi_old || pi)   nats a token, likewise; while it is small it is half the variance of the log ratio
     KL to SFT          nats an answer, mean of the last five batches
@@ -22,10 +23,12 @@ from figures.ladder import COLORS, read_run
 from train import parse, run_all, run_folder, write_csv
 
 HERE = Path(__file__).parent
-FLAGS = "--lr 1e-4 --steps 30 --batch-size 64 --minibatches 2".split()
 LOSSES = {"off-policy": ("no ratio", COLORS[6], "s"), "importance": ("ratio", COLORS[1], "^"),
-          "ppo": ("clipped ratio", COLORS[5], "o")}
+          "ppo": ("clipped ratio", COLORS[5], "o"), "gae": ("fresh answers, as many steps", COLORS[3], "D")}
 EPOCHS = (1, 2, 4, 8, 16)
+SETTINGS = {(algo, epochs): f"--steps 30 --batch-size 64 --minibatches 2 --epochs {epochs}"
+            for epochs in EPOCHS for algo in LOSSES if algo != "gae"}
+SETTINGS |= {("gae", epochs): f"--steps {60 * epochs} --batch-size 32" for epochs in (4, 8)}
 UPDATES = ("clip_fraction", "approx_kl")
 ENDS = ("kl", "entropy", "length", "reward", "gold", "rl_train_gold", "rl_held_out_gold", "rl_text_loss", "seconds")
 COLUMNS = {  # of the table: name, factor, digits
@@ -68,11 +71,10 @@ def table(rows):
     """Lines of Markdown from the rows (numbers or their text) of the CSV file: mean (lowest – highest) over seeds."""
     lines = [f"| passes | loss | diverged | {' | '.join(name for name, _, _ in COLUMNS.values())} |",
              "|---" * (3 + len(COLUMNS)) + "|"]
-    for epochs in EPOCHS:
-        for algo, (name, _, _) in LOSSES.items():
-            runs = picked(rows, algo, epochs)
-            cells = [cell(numbers(runs, column, scale), digits) for column, (_, scale, digits) in COLUMNS.items()]
-            lines.append(f"| {epochs} | {name} | {diverged(runs)} | {' | '.join(cells)} |")
+    for algo, epochs in sorted(SETTINGS, key=lambda setting: setting[1]):
+        runs = picked(rows, algo, epochs)
+        cells = [cell(numbers(runs, column, scale), digits) for column, (_, scale, digits) in COLUMNS.items()]
+        lines.append(f"| {epochs} | {LOSSES[algo][0]} | {diverged(runs)} | {' | '.join(cells)} |")
     return lines
 
 
@@ -107,14 +109,15 @@ def draw(rows):
 
 def main(out="out", *seeds):
     """Train what is missing, write the table and the picture."""
-    runs = [parse([*FLAGS, "--algo", algo, "--epochs", str(epochs), "--name", f"reuse-{algo}-{epochs}", "--seed", seed,
-                   "--out", out]) for seed in seeds or "123" for algo in LOSSES for epochs in EPOCHS]
-    finished = run_all(runs)
+    runs = [(algo, epochs, parse(["--algo", algo, *flags.split(), "--lr", "1e-4", "--name", f"reuse-{algo}-{epochs}",
+                                  "--seed", seed, "--out", out]))
+            for seed in seeds or "123" for (algo, epochs), flags in SETTINGS.items()]
+    finished = run_all([args for _, _, args in runs])
     rows = []
-    for args in runs:
+    for algo, epochs, args in runs:
         row, metrics = read(args, run_folder(args) in finished, ENDS)
         row |= {name: float(f"{mean(numbers(metrics, name)):.4g}") if metrics else "" for name in UPDATES}
-        rows.append({"algo": args.algo, "epochs": args.epochs} | row)
+        rows.append({"algo": algo, "epochs": epochs} | row)
     write_csv(HERE / "reuse.csv", rows)
     print("\n".join(table(rows)))
     draw(rows)
