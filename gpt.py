@@ -110,11 +110,14 @@ class GPT(nn.Module):
         """GPT-2 from a state dict {name: tensor} in Hugging Face's naming, heads of `head_size` channels as in all of
         OpenAI's. Three read-only tokens are added behind its vocabulary, its logits stay as they are.
 
-        Raises KeyError or RuntimeError when a tensor is missing or has another shape, ValueError for an untied output.
+        Raises KeyError or RuntimeError when a tensor is missing or has another shape, ValueError for a width that such
+        heads cannot share and for an untied output.
         """
         w = {name.removeprefix("transformer."): x for name, x in weights.items()}
         words = w["wte.weight"]
         (V, C), n_positions, n_layer = words.shape, len(w["wpe.weight"]), sum(x.endswith("ln_1.bias") for x in w)
+        if C % head_size:
+            raise ValueError(f"its width {C} is not divisible by the {head_size} channels of a head")
         if not torch.equal(w.get("lm_head.weight", words), words):
             raise ValueError("its lm_head.weight is not tied to wte.weight")
         model = cls(GPTConfig(V, n_positions, n_layer, C // head_size, C, read_only=3))

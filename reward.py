@@ -41,8 +41,8 @@ class RewardModel(nn.Module):
     def __init__(self, gpt):
         super().__init__()
         self.gpt = gpt
-        self.register_buffer("mean", torch.tensor(0.0))
-        self.register_buffer("std", torch.tensor(1.0))
+        self.register_buffer("mean", gpt.wte.weight.new_tensor(0.0))  # where the weights are
+        self.register_buffer("std", gpt.wte.weight.new_tensor(1.0))
 
     def forward(self, tokens, mask):
         """Scores (B,) of question and answer, tokens (B, T), mask (B, T); padding on either side moves no score."""
@@ -127,14 +127,17 @@ def label(path, answers):
     done = [json.loads(line) for line in lines.split("\n")[:-1]]
     seen = {(row["prompt"], *sorted((row["chosen"], row["rejected"]))) for row in done}
     rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").split("\n") if line]
-    if any(not isinstance(row["answers"], list) or len(row["answers"]) != 2 for row in rows):
+    if not all(isinstance(row["answers"], list) and len(row["answers"]) == 2 for row in rows):
         raise ValueError("every line needs exactly two answers")
+    if not all(row["prompt"].strip() and isinstance(text, str) for row in rows for text in row["answers"]):
+        raise ValueError("every prompt and answer is a text, and a prompt has more than blanks")
     shown = [(row["prompt"], *sorted(row["answers"])) for row in rows]
-    shown = [pair for pair in dict.fromkeys(shown) if pair[1] != pair[2] and pair not in seen]
+    shown = [(pair[0], *random.sample(pair[1:], 2)) for pair in dict.fromkeys(shown)
+             if pair[1] != pair[2] and pair not in seen]
     i, sitting = 0, []  # for each label where it stands: (pair, length of the file before it, and after)
     with open(path, "ab", buffering=0) as file:
         while i < len(shown):
-            prompt, left, right = shown[i][0], *random.sample(shown[i][1:], 2)
+            prompt, left, right = shown[i]
             key = input(f"\n{i + 1}/{len(shown)}  {prompt}\n  left:  {left}\n  right: {right}\n"
                         "better is [l]eft, [r]ight, or [t]ie, [s]kip, [u]ndo, [q]uit: ").strip().lower()[:1]
             pairs = {"l": [(left, right)], "r": [(right, left)], "t": [(left, right), (right, left)], "s": []}
@@ -153,15 +156,20 @@ def label(path, answers):
                 os.fsync(file.fileno())
                 sitting.append((i, length, file.tell()))
                 i += 1
+    print(f"\n{len(shown) - i} of {len(shown)} pairs left to judge")
 
 
 def main(argv=None):
     """Print the tables, whose scores are noise if there is no trained model, or label. Returns the exit status."""
     parser = argparse.ArgumentParser(description="The slides' tables, scored; or compare answers yourself.")
-    parser.add_argument("path", nargs="?", type=Path, default=Path("out/reward_model.pt"),
-                        help="the reward model; with --label the answers.jsonl of a run")
+    parser.add_argument("path", nargs="?", type=Path, help="the reward model (default: out/reward_model.pt); with "
+                        "--label the answers.jsonl of a run")
     parser.add_argument("--label", type=Path, metavar="FILE.jsonl", help="append your judgements to this file")
     args = parser.parse_args(argv)
+    if args.label and not args.path:
+        print("reward.py: --label needs the answers to judge, the answers.jsonl of a run", file=sys.stderr)
+        return 2
+    args.path = args.path or Path("out/reward_model.pt")
     if args.label:
         try:
             label(args.label, args.path)

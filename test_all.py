@@ -1843,8 +1843,8 @@ def test_a_run_that_diverges_stays_in_the_figures_table_and_leaves_the_others_al
             raise FloatingPointError(what)
 
     spoil(monkeypatch, train, "check_finite", diverge)
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)      # in this process, where the mistake is
-    monkeypatch.setattr(train, "CHECKPOINT_SHARE", 1e9)  # a log up to the last step, not to the last checkpoint
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # in this process, where the mistake is
+    monkeypatch.setattr(train, "CHECKPOINT_SHARE", 1e-9)  # the log goes on behind the last checkpoint
     figure.main(str(tmp_path), "1", "2", "3")
     table = capsys.readouterr().out.splitlines()
     rows = list(csv.DictReader(open(tmp_path / f"{figure.__name__[8:]}.csv")))
@@ -2116,8 +2116,11 @@ def test_thirty_kills_from_outside_change_nothing(tmp_path):
     assert a == b and kills == 30
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    """Resume: exit status 130, the last whole step in policy.pt and metrics.csv, and the printed command goes on."""
+@pytest.mark.parametrize("presses, share, steps", [(1, 1e-9, 3), (2, 1e9, 2), (2, 1e-9, 0)])
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(presses, share, steps, tmp_path, monkeypatch, capsys):
+    """Resume: pressed in the third step it ends with it, pressed twice with the last checkpoint, be it the first.
+
+    Exit status 130, as many rows in metrics.csv, and the printed command goes on; afterwards Ctrl-C is as before."""
     flags = [*FLAGS["gridworld"].split(), "--out", str(tmp_path / "a b")]
     folder = tmp_path / "a b" / "gridworld-ppo-adaptive-kl-0"
     assert train.main(flags) == 0
@@ -2125,14 +2128,17 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, monkeypatch,
 
     def strike(call, args):
         if call == 11:  # in the middle of the third step, of 2 epochs of 2 minibatches each
-            raise KeyboardInterrupt
+            for _ in range(presses):
+                signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(train, "CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr(train, "CHECKPOINT_SHARE", share)  # none but at the start, or one after every step
     spoil(monkeypatch, train, "total_loss", strike)
     capsys.readouterr()
     assert train.main(flags) == 130
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert len(list(csv.DictReader(open(folder / "metrics.csv")))) == 2
+    log = folder / "metrics.csv"
+    assert (len(list(csv.DictReader(open(log)))) if log.exists() else 0) == steps
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert train.main(shlex.split(last.split("train.py ")[1])) == 0
     assert outcome(folder) == whole
 
@@ -2158,7 +2164,7 @@ def test_a_checkpoint_that_is_damaged_or_of_another_run_is_refused(tmp_path, cap
 
 
 def test_a_flipped_byte_in_any_file_of_weights_is_noticed(untrained, tmp_path, capsys):
-    """Every .pt file that is read again, with one byte of its largest tensor changed: status 2, one line with its name.
+    """Stages, policy, checkpoint, with one byte of the largest tensor changed: status 2, one line with its name.
 
     torch.load would take the weights as they are."""
     flags = [*FLAGS["language"].split(), "--steps", "1", "--out", str(tmp_path)]
@@ -2442,6 +2448,28 @@ def test_a_label_is_on_the_disk_before_the_next_question(tmp_path, monkeypatch):
     assert on_disk == [4, 5, 6] and read_jsonl(path, ["prompt"])[-3]["prompt"] == "2"  # the one that was skipped
 
 
+def test_both_lines_of_a_tie_are_on_the_same_side_of_the_split():
+    """--pairs: one comparison in ten is held out, a tie with both of its lines, or it would teach a preference."""
+    rows = [{"prompt": f"{i}", "chosen": "a", "rejected": "b"} for i in range(40)]
+    ties = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    learned, tests = train.comparisons(None, [row for both in zip(rows, ties) for row in both], None)
+    assert [row["prompt"] for row in tests["held_out"]] == ["9", "9", "19", "19", "29", "29", "39", "39"]
+    assert len(learned) == 72 and all(row not in tests["held_out"] for row in learned)
+
+
+def test_a_file_that_finds_no_room_is_not_left_half_written(tmp_path):
+    """Bad input: torch.save on a full disk raises RuntimeError; here it is an OSError, and the old file stands."""
+    (tmp_path / "x").write_text("old")
+
+    def full(path):
+        path.write_text("half")
+        raise RuntimeError("write failed")
+
+    with pytest.raises(OSError, match="x cannot be written: write failed"):
+        train.write_beside(tmp_path / "x", full)
+    assert [p.name for p in tmp_path.iterdir()] == ["x"] and (tmp_path / "x").read_text() == "old"
+
+
 def test_a_label_that_the_disk_has_no_room_for_leaves_none_of_its_bytes(tmp_path, monkeypatch, capsys):
     """--label: a tie is two lines; with room for one and a half the file stays as it was: status 2, one line."""
     resource = pytest.importorskip("resource", reason="a limit on the size of files needs Unix")
@@ -2514,17 +2542,22 @@ def test_ask_shows_both_policies_answers_and_trains_nothing(untrained, tmp_path,
 def test_gradients_of_micro_batches_add_up_to_those_of_the_whole(over, monkeypatch):
     """--micro-batch-size: divided by the global count, whatever is averaged over, with answers of different length."""
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: torch.zeros(()))
-    world, gradients = GridWorld(limit=9), []
+    world, gradients, logs = GridWorld(limit=9), [], []
     for few in (8, 3, 1):
-        flags = f"--env gridworld --algo ppo --kl full --average {over} --steps 1 --epochs 1 --entropy-coef 0.1"
+        flags = f"--env gridworld --algo ppo --kl full --average {over} --steps 1 --epochs 2 --minibatches 1"
+        flags += " --entropy-coef 0.1 --clip 0.05"
         args = train.parse([*flags.split(), "--batch-size", "8", "--micro-batch-size", str(few)])
         policy = world.new_policy()
         torch.manual_seed(0)
         for p in policy.parameters():
             p.data = torch.randn(p.shape)
         world.generator.manual_seed(0)
-        train.reinforce(world, policy, args, lambda step, metrics: None)
+        train.reinforce(world, policy, args, lambda step, metrics: logs.append(metrics))
         gradients.append([p.grad for p in policy.parameters()])
+    for metrics in logs[1:]:
+        for name in ("entropy", "clip_fraction", "approx_kl"):
+            close(metrics[name], logs[0][name], 1e-6)
+    assert 0 < logs[0]["clip_fraction"] < 0.5
     for pieces in gradients[1:]:
         for whole, summed in zip(gradients[0], pieces):
             assert whole.abs().max() > 0.01
@@ -2544,6 +2577,35 @@ def test_the_largest_tensor_is_that_of_a_micro_batch(untrained, tmp_path, monkey
     assert max(rows) == 1
     for name, w in ends[0].items():
         close(w, ends[1][name], 1e-4)
+
+
+def test_under_bf16_the_sampled_log_probs_are_computed_anew():
+    """bf16: sampling, token by token, rounds in another way than training does; what sampling said is not used."""
+    world = GridWorld(limit=9)
+    sample = world.sample
+    world.sample = lambda *args: ((batch := sample(*args))[0] | {"logp_old": batch[0]["logp_old"] * math.nan}, batch[1])
+    args = train.parse("--env gridworld --algo ppo --steps 1 --batch-size 8".split())
+    with pytest.raises(FloatingPointError):
+        train.reinforce(world, world.new_policy(), args, lambda step, metrics: None)
+    args.bf16 = True
+    train.reinforce(world, world.new_policy(), args, lambda step, metrics: None)
+
+
+def test_the_entropys_graph_is_kept_only_where_it_is_in_the_loss(monkeypatch):
+    """Memory: no (B, T, V) tensor is kept for a gradient that nobody takes."""
+    kept = []
+    spoil(monkeypatch, train, "entropy", lambda call, args: kept.append(torch.is_grad_enabled()))
+    for coefficient in ("0", "0.1"):
+        args = train.parse(f"--env gridworld --algo ppo --steps 1 --entropy-coef {coefficient}".split())
+        world = GridWorld(limit=9)
+        train.reinforce(world, world.new_policy(), args, lambda step, metrics: None)
+    assert kept == [False] * 8 + [True] * 8
+
+
+def test_all_of_a_reward_model_lies_where_its_gpt_does():
+    """Devices: the scores' mean and deviation too, or the first batch fails on a GPU; here with torch's meta device."""
+    model = RewardModel(GPT(GPTConfig(9, 8, 1, 1, 4)).to("meta"))
+    assert {x.device.type for x in (*model.parameters(), *model.buffers())} == {"meta"}
 
 
 def test_in_bfloat16_the_model_says_nearly_the_same_and_its_outputs_are_float32():

@@ -196,14 +196,14 @@ def weigh(world, batch, training, args):
 
 
 def policy_gradient(world, policy, part, training, args):
-    """Puts the gradient of `total_loss` on `part` into policy.grad. Returns what the log watches, a list of (3,)."""
+    """Puts the gradient of `total_loss` on `part` into policy.grad. Returns what the log watches, (3,)."""
     policy.zero_grad()
-    watched = []
+    watched = torch.zeros(3, device=part["mask"].device)
     count = torch.sum if args.average == "token" else len  # what the average divides by
     for piece in pieces(part, args):                       # their gradients add up, each with its share of the mean
         loss, seen = total_loss(world, policy, piece, training, args)
         (loss * (count(piece["mask"]) / count(part["mask"]))).backward()
-        watched.append(seen)
+        watched += seen * (piece["mask"].sum() / part["mask"].sum())
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
     check_finite(f"step {training.step}: the loss or its gradient", loss + norm, args)
     return watched
@@ -228,7 +228,7 @@ def reinforce(world, policy, args, report, training=None):
             for rows in torch.randperm(args.batch_size, generator=training.shuffle).chunk(args.minibatches):
                 part = {name: x[rows.to(x.device)] for name, x in batch.items()}
                 # 3. Use the samples to approximate the policy gradient
-                watched += policy_gradient(world, policy, part, training, args)
+                watched.append(policy_gradient(world, policy, part, training, args))
                 # 4. Run stochastic gradient ascent on the return: descent on its negative
                 training.optimizer.step()
         training.finish(report, batch, metrics, watched, args)
@@ -373,21 +373,22 @@ def load_start(init):
     if not init:
         tokenizer = load_tokenizer()
         return tokenizer, GPT(GPTConfig(tokenizer.vocab_size, CONTEXT, n_layer=2))
+    local, name, url = Path(init).is_file(), f"{init}-pytorch_model.bin", GPT2_URL.format(name=init)
+    path = Path(init) if local else Path(torch.hub.get_dir(), "checkpoints", name)
+    missing = f"fetch {url} and give its path to --init"
     try:
-        if Path(init).is_file():
-            weights = torch.load(init, map_location="cpu", weights_only=True)
-        else:
-            url, name = GPT2_URL.format(name=init), f"{init}-pytorch_model.bin"
-            weights = torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=name, weights_only=True)
+        model = GPT.from_gpt2(torch.load(path, map_location="cpu", weights_only=True) if local else
+                              torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=name,
+                                                                 weights_only=True))
+        missing = ("put its files into the folder that TIKTOKEN_CACHE_DIR names, where tiktoken.get_encoding('gpt2') "
+                   "leaves them; they are tiktoken's gpt2 encoding")
         tokenizer = Tokenizer.gpt2()
-        model = GPT.from_gpt2(weights)
     except OSError as e:
         raise DataError(f"--init {init}: nothing can be fetched here ({type(e).__name__}). Where there is a network, "
-                        f"fetch {GPT2_URL.format(name=init if init in GPT2 else 'gpt2')} and give its path to --init; "
-                        f"tiktoken keeps its gpt2 encoding in the folder that TIKTOKEN_CACHE_DIR names, which can be "
-                        f"copied from there") from None
+                        f"{missing}") from None
     except Exception as e:
-        raise DataError(f"--init {init}: no GPT-2 in Hugging Face's naming ({type(e).__name__}: {e})") from None
+        raise DataError(f"--init {init}: {path} is damaged, or no GPT-2 in Hugging Face's naming "
+                        f"({type(e).__name__}: {str(e)[:100]})") from None
     if model.config.vocab_size != tokenizer.vocab_size:
         raise DataError(f"--init {init}: it has {model.config.vocab_size} tokens, GPT-2 {tokenizer.vocab_size}")
     return tokenizer, model
@@ -451,22 +452,21 @@ class Stages:
     def depend(self, *sources):
         """What follows depends on these: functions (on their code), files (on their content), settings."""
         for source in sources:
-            if isinstance(source, Path):
-                source = source.read_bytes()
             text = inspect.getsource(source) if callable(source) else repr(source)
-            self.key = hashlib.sha256((self.key + text).encode()).hexdigest()
+            content = source.read_bytes() if isinstance(source, Path) else text.encode()
+            self.key = hashlib.sha256(self.key.encode() + content).hexdigest()
 
     def run(self, name, make, *sources):
         """make() -> what torch.save can write; or what an equal stage made before."""
         self.depend(name, make, *sources)
         path = self.folder / f"{name}-{self.key[:12]}.pt"
         if path.exists():
-            print(f"{name:<13} reused from {path}")
+            print(f"{name:<13} reused from {path}", flush=True)
         else:
             start = time.time()
             result = make()
             write_beside(path, lambda temporary: torch.save(result, temporary))
-            print(f"{name:<13} made in {time.time() - start:.0f} s, kept in {path}")
+            print(f"{name:<13} made in {time.time() - start:.0f} s, kept in {path}", flush=True)
         try:
             return load_whole(path)
         except Exception as e:
@@ -482,7 +482,10 @@ def prepare_chat(args):
     pace = 0.02 if args.init else 1.0  # what has learned a lot moves in small steps
     limit = args.max_new_tokens
     room = model.config.n_positions - limit - 2  # for a question between its two turn tokens
-    world.check(tokenizer, room, CONTEXT - 2, limit - 1)
+    if room < 1:
+        raise DataError(f"--max-new-tokens {limit}: the model reads {model.config.n_positions}, question and answer")
+    if not (args.demos and args.prompts and (args.pairs or args.reward != "model")):  # else none of its texts is read
+        world.check(tokenizer, room, CONTEXT - 2, limit - 1)
     pairs, demos, prompts = (read_own(Path(path), fields.split(), tokenizer, room, limit) if path else None
                              for path, fields in ((args.pairs, "prompt chosen rejected"),
                                                   (args.demos, "prompt response"), (args.prompts, "prompt")))
@@ -501,7 +504,8 @@ def prepare_chat(args):
 
     def make_sft():
         shown = [(row["prompt"], row["response"]) for row in demos] if demos else world.demonstrations(20_000)
-        finetune(model, tokenizer, shown, lines, limit, few, 3e-3 * pace)
+        text = [] if args.init else lines  # GPT-2 has read another
+        finetune(model, tokenizer, shown, text, limit, few, 3e-3 * pace)
         return model.state_dict()
 
     def learn(judged, report=lambda step, loss: None):
@@ -516,12 +520,14 @@ def prepare_chat(args):
         judged, tests = compared()
         scorer.gpt.load_state_dict(model.state_dict())
         dropped = learn(judged, progress("reward model", math.ceil(len(judged) / few)))
-        print(f"  {len(judged)} pairs, {dropped} dropped: equal once they are cut")
         if dropped == len(judged):
             raise DataError(f"{args.pairs}: no pair is left to learn from")
         accuracy = {split: pair_accuracy(scorer, rows, tokenizer, limit, args.micro_batch_size or 256)
                     for split, rows in tests.items()}
-        return {"model": scorer.state_dict(), "accuracy": accuracy}
+        tested = sum(n for _, n in accuracy["held_out"].values())
+        told = (f"{len(judged)} pairs to learn from, {dropped} of them dropped, {len(tests['held_out'])} held out, "
+                f"{len(tests['held_out']) - tested} of them dropped: equal once they are cut")
+        return {"model": scorer.state_dict(), "accuracy": accuracy, "told": told}
 
     if args.init:
         stages.depend(Path(args.init) if Path(args.init).is_file() else args.init)
@@ -531,7 +537,8 @@ def prepare_chat(args):
     if scorer:
         saved = stages.run("reward", make_reward, Path(inspect.getfile(RewardModel)), pairs, args.reward_pairs)
         scorer.load_state_dict(saved["model"])
-        show_accuracy(saved["accuracy"])
+        print(f"  {saved['told']}")
+        show_accuracy(saved["accuracy"], bool(pairs))
     n = args.batch_size if args.init else 500  # what fits into memory
     before, _ = chat.answer(model, asked.questions(n, "train", "normalise"))  # also a first batch for own_reward
     chat.reseed(args.seed)
@@ -545,9 +552,11 @@ def prepare_chat(args):
     return chat, model, held_out_lines[:100 if args.init else None], stages.key
 
 
-def show_accuracy(accuracy):
-    """Table: share of fresh pairs that the reward model orders as the labeller would, errors aside."""
-    print("  reward model, share of fresh pairs in the labeller's true order    facts seen in pairs   facts held out")
+def show_accuracy(accuracy, own):
+    """Table: share of fresh pairs that the reward model orders as the labeller would, errors aside; or of your own."""
+    print("  reward model, share of your pairs that it orders as you do                 learned from         held out"
+          if own else
+          "  reward model, share of fresh pairs in the labeller's true order    facts seen in pairs   facts held out")
     train, held_out = accuracy["train"], accuracy["held_out"]
     for name in ("all pairs", *(f"right > wrong, {kind}" for kind in KINDS)):
         shares = []
@@ -555,7 +564,8 @@ def show_accuracy(accuracy):
             picked = [row for kind, row in rows.items() if name in ("all pairs", kind)]
             shares.append(sum(share * n for share, n in picked) / sum(n for _, n in picked) if picked else math.nan)
         if not math.isnan(shares[0]):  # of one's own pairs the kind is not known
-            print(f"  {name:<63}{shares[0]:>15.1%}{shares[1]:>17.1%}")
+            fresh = "none" if math.isnan(shares[1]) else f"{shares[1]:.1%}"
+            print(f"  {name:<63}{shares[0]:>15.1%}{fresh:>17}")
 
 
 # ---------------------------------------------------------------------------------- what came of it
@@ -711,7 +721,13 @@ def run_rl(world, reference, args, folder, data=""):
     training, rows = Training(world, policy, args, reference.requires_grad_(False)), []
     config = configuration(args) | {"data": data}
     path = folder / "checkpoint.pt"
-    due = 0.0
+    due, stopped = 0.0, False
+
+    def stop(*_):
+        nonlocal stopped
+        stopped = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("stopping after this step; Ctrl-C once more: at once, from the last checkpoint", file=sys.stderr)
 
     def checkpoint():
         nonlocal due
@@ -725,8 +741,10 @@ def run_rl(world, reference, args, folder, data=""):
         if step % max(1, args.steps // 12) == 0 or step + 1 == args.steps:
             line = " ".join(f"{metrics[name]:>{width}{form}}" for name, (_, width, form) in COLUMNS.items())
             print(f"{line}  {metrics['seconds'] / (step + 1) * (args.steps - step - 1):12.0f}", flush=True)
-        if time.time() > due or step + 1 == args.steps:
+        if time.time() > due or stopped or step + 1 == args.steps:
             checkpoint()
+        if stopped:
+            raise KeyboardInterrupt
 
     resume = args.resume and path.exists()
     if args.resume and not resume:
@@ -742,14 +760,19 @@ def run_rl(world, reference, args, folder, data=""):
         checkpoint()
     print("\n" + " ".join(f"{name:>{width}}" for name, (_, width, _) in COLUMNS.items()) + "  seconds left")
     start = time.time() - (rows[-1]["seconds"] if rows else 0)
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # else this is one of several runs, and Ctrl-C is not for it
+        signal.signal(signal.SIGINT, stop)
     try:
         reinforce(world, policy, args, report, training)
     except BaseException as e:
-        rows = load_checkpoint(path, training, config)  # the step was left half done: back to the last good policy
+        kept = load_checkpoint(path, training, config)  # a step was left half done: back to the last policy kept
         if isinstance(e, FloatingPointError):
-            raise FloatingPointError(f"{e}. The last good policy is in {folder}") from None
+            raise FloatingPointError(f"{e}. The policy after {training.step} steps is in {folder}") from None
+        rows = kept
         raise
     finally:
+        signal.signal(signal.SIGINT, before)
         write_beside(folder / "policy.pt", lambda temporary: torch.save(policy.state_dict(), temporary))
         if rows:
             write_beside(folder / "metrics.csv", lambda temporary: write_csv(temporary, rows))

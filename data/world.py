@@ -265,8 +265,13 @@ def write_beside(path, write):
     """Write a file beside its place and rename it, so that nobody ever finds half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch.save's, on a full disk
+        raise OSError(f"{path} cannot be written: {str(e)[:100]}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_jsonl(path, rows):
@@ -287,8 +292,13 @@ def read_jsonl(path, fields):
             row = None
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: not a JSON object")
+        if plain and not line.strip():
+            raise DataError(f"{path}, line {number}: empty, where every line is a prompt")
         if "chosen" in fields and "prompt" not in row:
             row = from_transcripts(row)
+        if "chosen" in row and "prompt" in fields and "prompt" not in row:
+            raise DataError(f"{path}, line {number}: no field 'prompt', and chosen and rejected share no dialogue that "
+                            f"goes up to \\n\\nAssistant:")
         for field in fields:
             text = row.get(field)
             if not isinstance(text, str) or field == "prompt" and not text.strip():  # an answer may only end
@@ -360,8 +370,10 @@ def comparisons(world, own, path):
     """Pairs to learn from and pairs to test on {"train": .., "held_out": ..}: the world's, or nine tenths and a tenth
     of one's own. The world's labeller writes his judgements to `path`, from where they are read again."""
     if own:
-        learned = [pair for i, pair in enumerate(own) if i % 10 < 9]
-        return learned, {"train": learned[:2000], "held_out": own[9::10]}
+        same = [(pair["prompt"], *sorted((pair["chosen"], pair["rejected"]))) for pair in own]  # of a tie, both lines
+        apart = set(list(dict.fromkeys(same))[9::10])
+        learned, held_out = ([pair for pair, key in zip(own, same) if (key in apart) == out] for out in (False, True))
+        return learned, {"train": learned[:2000], "held_out": held_out}
     write_beside(path, lambda temporary: write_jsonl(temporary, world.preference_pairs(16_000)))
     tests = {split: world.preference_pairs(2000, split, errors=0.0, seed=1) for split in ("train", "held_out")}
     return read_jsonl(path, ["prompt", "chosen", "rejected"]), tests
@@ -375,7 +387,7 @@ def own_reward(name):
     try:
         given = runpy.run_path(path)[function]
     except (Exception, SystemExit) as e:
-        raise DataError(f"--reward {name}: no such function ({type(e).__name__}: {e})") from None
+        raise DataError(f"--reward {name}: cannot be loaded ({type(e).__name__}: {e})") from None
 
     def score(prompts, responses):
         try:
