@@ -133,7 +133,8 @@ def draw(rows, table, picture, title):
         axis.set(title=says, xlabel="d = sqrt(KL to the SFT policy)")
         axis.spines[["top", "right"]].set_visible(False)
     axes[1].set_ylim(0, 1)
-    axes[0].legend(title="RL is without KL but where beta is given" if picture == "hacking" else "RL without KL")
+    told = "RL, without KL but where β is given; dashed: fits" if picture == "hacking" else "RL without KL"
+    axes[0].legend(title=told)
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(HERE / f"{picture}.png", dpi=130)

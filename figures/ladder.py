@@ -126,7 +126,7 @@ def draw(runs, path):
     axes[1, 0].set(ylabel="score: the reward model (grid: return)", xlabel="sampled trajectories")
     axes[1, 1].set_xlabel("seconds of RL")
     axes[1, 1].legend(fontsize=8, loc="lower right", ncols=2)
-    figure.suptitle(f"Every rung on equal terms: the truth above, what is rewarded below ({seeds} seeds)")
+    figure.suptitle(f"Every rung, each at its own rate: the truth above, what is rewarded below ({seeds} seeds)")
     figure.tight_layout()
     figure.savefig(path.with_suffix(".png"), dpi=110)
 

@@ -2,8 +2,8 @@
 
 Three losses, each with 1, 2, 4, 8 and 16 passes over every batch: the policy gradient as if the batch were fresh
 (off-policy: no ratio), importance sampling, and PPO's clip. All else is equal, the learning rate too (1e-4, three times
-what several passes have by default): 30 batches of 64 answers, two minibatches a pass, no KL in the loss. A control has the
-optimizer steps of 4 and of 8 passes, each on 32 fresh answers: 240 and 480 batches, 4 and 8 times the answers.
+what several passes have by default): 30 batches of 64 answers, two minibatches a pass, no KL in the loss. A control has
+the optimizer steps of 4 and of 8 passes, each on 32 fresh answers: 240 and 480 batches, 4 and 8 times the answers.
     outside the clip   share of tokens whose ratio pi / pi_old left 1 +- 0.2, mean over all updates of the run
     KL(pi_old || pi)   nats a token, likewise; while it is small it is half the variance of the log ratio
     KL to SFT          nats an answer, mean of the last five batches
@@ -28,7 +28,7 @@ LOSSES = {"off-policy": ("no ratio", COLORS[6], "s"), "importance": ("ratio", CO
 EPOCHS = (1, 2, 4, 8, 16)
 SETTINGS = {(algo, epochs): f"--steps 30 --batch-size 64 --minibatches 2 --epochs {epochs}"
             for epochs in EPOCHS for algo in LOSSES if algo != "gae"}
-SETTINGS |= {("gae", epochs): f"--steps {60 * epochs} --batch-size 32" for epochs in (4, 8)}
+SETTINGS |= {("gae", epochs): f"--steps {60 * epochs} --batch-size 32" for epochs in (4, 8)}  # 60 steps were a pass
 UPDATES = ("clip_fraction", "approx_kl")
 ENDS = ("kl", "entropy", "length", "reward", "gold", "rl_train_gold", "rl_held_out_gold", "rl_text_loss", "seconds")
 COLUMNS = {  # of the table: name, factor, digits
@@ -95,11 +95,12 @@ def draw(rows):
             axis.plot(lost, [0.04] * len(lost), "x", color=color, ms=10, mew=3, transform=axis.get_xaxis_transform(),
                       label="a seed diverged" if lost else None)
         axis.set_xscale("log", base=2)
-        axis.set(title=title, xlabel="passes over each batch", xticks=EPOCHS, xticklabels=EPOCHS)
+        axis.set(title=title, xlabel="passes over each batch (fresh: one)", xticks=EPOCHS, xticklabels=EPOCHS)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[:2]:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")
+    axes[0].text(0.98, 0.03, "fresh: 0", color=COLORS[3], ha="right", transform=axes[0].transAxes)
     axes[2].set_ylim(0, 100)
     axes[2].legend(frameon=False, loc="lower left")
     figure.suptitle("Two passes cost little, sixteen break every loss: the ratio mends some of it, the clip more")

@@ -152,7 +152,7 @@ def measure():
             runs[name].append(clock() - start)
             if name == ("PPO iteration", BASE["PPO iteration"]):
                 splits.append(result)
-    runs |= {(part, BASE["PPO iteration"]): seconds for part, seconds in zip(PARTS, zip(*splits))}
+    runs |= {(part, BASE["PPO iteration"]): seconds for part, seconds in zip(PARTS, zip(*splits), strict=True)}
     B, T, C = BASE["training step"]
     N = sum(p.numel() for name, p in network(T, C).named_parameters() if "wpe" not in name)
     flop = {("matmul", MATMUL): 2 * 4096 ** 3, ("training step", (B, T, C)): B * T * (6 * N + 12 * L * C * T)}

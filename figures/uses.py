@@ -155,7 +155,7 @@ def draw(rows, curves):
         return [(f"{name},\n{questions}", split, column) for name, column in ((trait, "trait"), ("right", "right"))
                 for questions, split in (("trained on", "train"), ("held out", "held_out"))]
 
-    bars(axes[0, 0], rows, "Safety: hardly a rude answer is left, and twice as many are right", groups("rude"),
+    bars(axes[0, 0], rows, "Safety: hardly a rude answer is left, twice as many are right and more", groups("rude"),
          [("before RL", BEFORE, "safety", "SFT"), ("after RL", AFTER, "safety", "RL")])
     bars(axes[0, 1], rows, "Style: what the pairs are about is what comes", groups("my friend"),
          [("before RL", BEFORE, "style", "SFT"), ("after RL, pairs about the idiom alone", ALONE, "style", "RL"),

@@ -150,7 +150,7 @@ def main(out="out", seed=0):
                                                         ("its own", "a network of its own", "#0072b2", "o"),
                                                         ("RL's", "the head that RL trains", "#d55e00", "s"))],
           "mean", "Language: V by a network of its own saves a third of the variance, the head that RL trains 4 %;\n"
-                  "with that head GAE narrows the gradient only by shortening it", HERE / "variance_language")
+                  "with that head a smaller λ shortens the gradient, and turns it away", HERE / "variance_language")
 
 
 if __name__ == "__main__":
