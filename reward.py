@@ -129,8 +129,10 @@ def label(path, answers):
     rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").split("\n") if line]
     if not all(isinstance(row["answers"], list) and len(row["answers"]) == 2 for row in rows):
         raise ValueError("every line needs exactly two answers")
-    if not all(row["prompt"].strip() and isinstance(text, str) for row in rows for text in row["answers"]):
-        raise ValueError("every prompt and answer is a text, and a prompt has more than blanks")
+    if not all(isinstance(text, str) for row in rows for text in (row["prompt"], *row["answers"])):
+        raise ValueError("every prompt and every answer is a text")
+    if not all(row["prompt"].strip() for row in rows):
+        raise ValueError("a prompt has more than blanks, or training would refuse it")
     shown = [(row["prompt"], *sorted(row["answers"])) for row in rows]
     shown = [(pair[0], *random.sample(pair[1:], 2)) for pair in dict.fromkeys(shown)
              if pair[1] != pair[2] and pair not in seen]

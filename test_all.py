@@ -1858,6 +1858,14 @@ def test_a_run_that_diverges_stays_in_the_figures_table_and_leaves_the_others_al
     assert (tmp_path / f"{figure.__name__[8:]}.png").stat().st_size > 1e4
 
 
+def test_each_rung_is_compared_with_the_one_above_it():
+    """figures/ladder.py: 50, 60, 80 percent in order of the ladder differ by +10 and +20, seed by seed."""
+    rows = [dict.fromkeys(("gold_peak", "reward", "kl", "entropy", "length"), 1.0) |
+            {"algo": algo, "seed": seed, "lr": 0.1, "gold": gold + seed / 10}
+            for algo, gold in (("baseline", 0.8), ("reinforce", 0.5), ("reward-to-go", 0.6)) for seed in (0, 1)]
+    assert [line.split(" | ")[-1] for line in ladder.table(rows)[3:]] == ["+10 ± 0 |", "+20 ± 0 |"]
+
+
 def test_a_mean_over_seeds_and_its_range_by_hand():
     """figures/reuse.py, kl.py: 0.5, 0.7 and a run that diverged are 60 (50 – 70), and one of three."""
     names = ["clip_fraction", "approx_kl", *reuse.ENDS, *kl.ENDS, "beta"]
@@ -2507,7 +2515,9 @@ def test_a_file_of_labels_that_is_damaged_is_not_appended_to(tmp_path, monkeypat
     """--label: status 2, one line, the file as it was."""
     monkeypatch.setattr("builtins.input", lambda text: "q")
     (tmp_path / "a.jsonl").write_text('{"prompt": "p", "answers": ["a", "b"]}\n')
-    for content in ('{"prompt": "p", "cho', "[1]\n", "7\n", '{"prompt": "p"}\n', '{"prompt": "p", "answers": "ab"}\n'):
+    for content in ('{"prompt": "p", "cho', "[1]\n", "7\n", '{"prompt": "p"}\n', '{"prompt": "p", "answers": "ab"}\n',
+                    '{"prompt": 1, "answers": ["a", "b"]}\n', '{"prompt": " ", "answers": ["a", "b"]}\n',
+                    '{"prompt": "p", "answers": ["a", 1]}\n'):
         for mine, theirs in (("m", "a"), ("new", "m")):
             (tmp_path / "m.jsonl").write_text(content)
             assert reward.main(["--label", str(tmp_path / f"{mine}.jsonl"), str(tmp_path / f"{theirs}.jsonl")]) == 2
