@@ -158,7 +158,7 @@ def label(path, answers):
                 os.fsync(file.fileno())
                 sitting.append((i, length, file.tell()))
                 i += 1
-    print(f"\n{len(shown) - i} of {len(shown)} pairs left to judge")
+    print(f"\n{sum(after > before for _, before, after in sitting)} of {len(shown)} pairs judged")
 
 
 def main(argv=None):

@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from functools import cache, partial, partialmethod
@@ -2154,6 +2155,16 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(presses, share, steps,
     assert (len(list(csv.DictReader(open(log)))) if log.exists() else 0) == steps
     assert train.main(shlex.split(last.split("train.py ")[1])) == 0
     assert outcome(folder) == whole
+
+
+def test_a_run_in_a_thread_leaves_signals_alone_and_ends(tmp_path):
+    """Coursework in a notebook: only the main thread may handle Ctrl-C."""
+    status = []
+    flags = [*FLAGS["gridworld"].split(), "--steps", "1", "--out", str(tmp_path)]
+    thread = threading.Thread(target=lambda: status.append(train.main(flags)))
+    thread.start()
+    thread.join()
+    assert status == [0] and (tmp_path / "gridworld-ppo-adaptive-kl-0" / "policy.pt").exists()
 
 
 def test_a_checkpoint_that_is_damaged_or_of_another_run_is_refused(tmp_path, capsys):

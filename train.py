@@ -34,6 +34,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -375,17 +376,17 @@ def load_start(init):
         return tokenizer, GPT(GPTConfig(tokenizer.vocab_size, CONTEXT, n_layer=2))
     local, name, url = Path(init).is_file(), f"{init}-pytorch_model.bin", GPT2_URL.format(name=init)
     path = Path(init) if local else Path(torch.hub.get_dir(), "checkpoints", name)
-    missing = f"fetch {url} and give its path to --init"
+    problem = (f"{path} cannot be read" if local else
+               f"nothing can be fetched here; where there is a network, fetch {url} and give its path to --init")
     try:
         model = GPT.from_gpt2(torch.load(path, map_location="cpu", weights_only=True) if local else
                               torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=name,
                                                                  weights_only=True))
-        missing = ("put its files into the folder that TIKTOKEN_CACHE_DIR names, where tiktoken.get_encoding('gpt2') "
-                   "leaves them; they are tiktoken's gpt2 encoding")
+        problem = ("tiktoken's gpt2 encoding cannot be fetched here; where there is a network, tiktoken.get_encoding("
+                   "'gpt2') leaves it in the folder that TIKTOKEN_CACHE_DIR names: copy that folder")
         tokenizer = Tokenizer.gpt2()
     except OSError as e:
-        raise DataError(f"--init {init}: nothing can be fetched here ({type(e).__name__}). Where there is a network, "
-                        f"{missing}") from None
+        raise DataError(f"--init {init}: {problem} ({type(e).__name__})") from None
     except Exception as e:
         raise DataError(f"--init {init}: {path} is damaged, or no GPT-2 in Hugging Face's naming "
                         f"({type(e).__name__}: {str(e)[:100]})") from None
@@ -484,8 +485,8 @@ def prepare_chat(args):
     room = model.config.n_positions - limit - 2  # for a question between its two turn tokens
     if room < 1:
         raise DataError(f"--max-new-tokens {limit}: the model reads {model.config.n_positions}, question and answer")
-    if not (args.demos and args.prompts and (args.pairs or args.reward != "model")):  # else none of its texts is read
-        world.check(tokenizer, room, CONTEXT - 2, limit - 1)
+    own = args.demos and args.prompts and (args.pairs or args.reward != "model")  # then only the world's text is read
+    world.check(tokenizer, math.inf if own else room, CONTEXT - 2, math.inf if own else limit - 1)
     pairs, demos, prompts = (read_own(Path(path), fields.split(), tokenizer, room, limit) if path else None
                              for path, fields in ((args.pairs, "prompt chosen rejected"),
                                                   (args.demos, "prompt response"), (args.prompts, "prompt")))
@@ -727,7 +728,7 @@ def run_rl(world, reference, args, folder, data=""):
         nonlocal stopped
         stopped = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("stopping after this step; Ctrl-C once more: at once, from the last checkpoint", file=sys.stderr)
+        print("stopping after this step; Ctrl-C once more: at once, from the last checkpoint", file=sys.__stderr__)
 
     def checkpoint():
         nonlocal due
@@ -760,8 +761,10 @@ def run_rl(world, reference, args, folder, data=""):
         checkpoint()
     print("\n" + " ".join(f"{name:>{width}}" for name, (_, width, _) in COLUMNS.items()) + "  seconds left")
     start = time.time() - (rows[-1]["seconds"] if rows else 0)
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # else this is one of several runs, and Ctrl-C is not for it
+    # not in one of several processes, which leave Ctrl-C to the first, nor in a thread, which may not handle it
+    mine = (threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+    if mine:
         signal.signal(signal.SIGINT, stop)
     try:
         reinforce(world, policy, args, report, training)
@@ -772,10 +775,11 @@ def run_rl(world, reference, args, folder, data=""):
         rows = kept
         raise
     finally:
-        signal.signal(signal.SIGINT, before)
         write_beside(folder / "policy.pt", lambda temporary: torch.save(policy.state_dict(), temporary))
         if rows:
             write_beside(folder / "metrics.csv", lambda temporary: write_csv(temporary, rows))
+        if mine:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     explain_columns()
     return policy
 

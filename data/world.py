@@ -296,7 +296,8 @@ def read_jsonl(path, fields):
             raise DataError(f"{path}, line {number}: empty, where every line is a prompt")
         if "chosen" in fields and "prompt" not in row:
             row = from_transcripts(row)
-        if "chosen" in fields and "chosen" in row and "prompt" not in row:
+        both = all(isinstance(row.get(side), str) for side in ("chosen", "rejected"))
+        if "chosen" in fields and "prompt" not in row and both:
             raise DataError(f"{path}, line {number}: no field 'prompt', and chosen and rejected share no dialogue that "
                             f"goes up to \\n\\nAssistant:")
         for field in fields:

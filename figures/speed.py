@@ -37,7 +37,7 @@ from reward import RewardModel
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 V, P, L = 512, 16, 4  # tokens of the vocabulary, of a prompt; layers
-ROUNDS = 3
+ROUNDS = 5
 PARTS = ("rollout", "scoring", "advantages", "update")
 # batch, length (of an answer; in a training step of a row), width
 BASE = {"sampling": (128, 32, 128), "training step": (32, 128, 128), "PPO iteration": (128, 32, 128)}
