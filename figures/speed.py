@@ -10,7 +10,7 @@ A little model (4 layers, width 128, 512 tokens, random weights), prompts of 16 
     MB                how far one run raises the peak memory of a fresh process that has models, data and libraries
                       (to a few MB); on a PPO iteration's bill are also the reference and the optimizer
 Seconds are medians over rounds in which everything has its turn, so that a noisy moment hits all. Run
-`python -m figures.speed` on an idle machine, five minutes on two cores: prints the tables, writes speed.csv (with the
+`python -m figures.speed` on an idle machine, eight minutes on two cores: prints the tables, writes speed.csv (with the
 lowest and highest seconds) and speed.png beside this script. It takes a GPU if there is one, which nobody has tried.
 """
 import multiprocessing
