@@ -1860,6 +1860,19 @@ def test_a_run_that_diverges_stays_in_the_figures_table_and_leaves_the_others_al
     assert (tmp_path / f"{figure.__name__[8:]}.png").stat().st_size > 1e4
 
 
+def test_overoptimisation_is_fitted_up_to_d_3_and_its_peak_is_the_highest_point():
+    """figures/hacking.py: known curves up to d = 3, and beyond it points that would spoil any fit."""
+    rows = []
+    for name in (hacking.BON, *hacking.SETTINGS):
+        for step, d in enumerate((0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)):
+            gain = -9.0 if d > 3 else d * (1 - 0.3 * (d if name == hacking.BON else math.log(d)))
+            rows.append({"setting": name, "seed": 1, "step": step, "d": d, "proxy": 0.0, "gold": gain, "gain": gain})
+    for row in hacking.fits(rows):
+        close([row["alpha"], row["beta"], row["R2"]], [1, 0.3, 1], 1e-6)
+        assert (row["gold at the end"], row["d at the end"]) == (-9, 6)
+        close(row["gold at its peak"], max(r["gold"] for r in rows if r["setting"] == row["setting"]), 1e-9)
+
+
 def test_each_rung_is_compared_with_the_one_above_it():
     """figures/ladder.py: 50, 60, 80 percent in order of the ladder differ by +10 and +20, seed by seed."""
     rows = [dict.fromkeys(("gold_peak", "reward", "kl", "entropy", "length"), 1.0) |
