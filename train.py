@@ -714,6 +714,29 @@ def configuration(args):
     return flags | {"code": hashlib.sha256(b"".join(code)).hexdigest()[:12]}
 
 
+@contextlib.contextmanager
+def ctrl_c():
+    """A list that is filled when Ctrl-C is pressed, for a step to end first; pressed again, it interrupts at once.
+
+    Not in one of several processes, which leave Ctrl-C to the first, nor in a thread, which may not handle it."""
+    pressed = []
+
+    def press(*_):
+        pressed.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("stopping after this step; Ctrl-C once more: at once, from the last checkpoint", file=sys.__stderr__)
+
+    mine = (threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+    if mine:
+        signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed
+    finally:
+        if mine:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run_rl(world, reference, args, folder, data=""):
     """The RL loop with its log, its metrics.csv, its checkpoints and, whatever happens, its last good policy.
 
@@ -722,13 +745,7 @@ def run_rl(world, reference, args, folder, data=""):
     training, rows = Training(world, policy, args, reference.requires_grad_(False)), []
     config = configuration(args) | {"data": data}
     path = folder / "checkpoint.pt"
-    due, stopped = 0.0, False
-
-    def stop(*_):
-        nonlocal stopped
-        stopped = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("stopping after this step; Ctrl-C once more: at once, from the last checkpoint", file=sys.__stderr__)
+    due = 0.0
 
     def checkpoint():
         nonlocal due
@@ -742,9 +759,9 @@ def run_rl(world, reference, args, folder, data=""):
         if step % max(1, args.steps // 12) == 0 or step + 1 == args.steps:
             line = " ".join(f"{metrics[name]:>{width}{form}}" for name, (_, width, form) in COLUMNS.items())
             print(f"{line}  {metrics['seconds'] / (step + 1) * (args.steps - step - 1):12.0f}", flush=True)
-        if time.time() > due or stopped or step + 1 == args.steps:
+        if time.time() > due or pressed or step + 1 == args.steps:
             checkpoint()
-        if stopped:
+        if pressed:
             raise KeyboardInterrupt
 
     resume = args.resume and path.exists()
@@ -761,25 +778,19 @@ def run_rl(world, reference, args, folder, data=""):
         checkpoint()
     print("\n" + " ".join(f"{name:>{width}}" for name, (_, width, _) in COLUMNS.items()) + "  seconds left")
     start = time.time() - (rows[-1]["seconds"] if rows else 0)
-    # not in one of several processes, which leave Ctrl-C to the first, nor in a thread, which may not handle it
-    mine = (threading.current_thread() is threading.main_thread()
-            and signal.getsignal(signal.SIGINT) is signal.default_int_handler)
-    if mine:
-        signal.signal(signal.SIGINT, stop)
-    try:
-        reinforce(world, policy, args, report, training)
-    except BaseException as e:
-        kept = load_checkpoint(path, training, config)  # a step was left half done: back to the last policy kept
-        if isinstance(e, FloatingPointError):
-            raise FloatingPointError(f"{e}. The policy after {training.step} steps is in {folder}") from None
-        rows = kept
-        raise
-    finally:
-        write_beside(folder / "policy.pt", lambda temporary: torch.save(policy.state_dict(), temporary))
-        if rows:
-            write_beside(folder / "metrics.csv", lambda temporary: write_csv(temporary, rows))
-        if mine:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+    with ctrl_c() as pressed:
+        try:
+            reinforce(world, policy, args, report, training)
+        except BaseException as e:
+            kept = load_checkpoint(path, training, config)  # a step was left half done: back to the last policy kept
+            if isinstance(e, FloatingPointError):
+                raise FloatingPointError(f"{e}. The policy after {training.step} steps is in {folder}") from None
+            rows = kept
+            raise
+        finally:
+            write_beside(folder / "policy.pt", lambda temporary: torch.save(policy.state_dict(), temporary))
+            if rows:
+                write_beside(folder / "metrics.csv", lambda temporary: write_csv(temporary, rows))
     explain_columns()
     return policy
 
