@@ -1,124 +1,128 @@
-"""From rewards to the weight of each log-probability: return, reward-to-go, baseline, n-step advantages, GAE.
+"""From rewards to the weight of each log-probability: return, reward-to-go, baseline, GAE.
 
-The policy gradient is a sum of grad log pi(a_t | s_t) * weight_t; the lecture's ladder is a list of weights:
-    return          R(tau)  = sum_t gamma^t r_t                  the same number at every step
-    reward-to-go    G_t     = r_t + gamma * G_{t+1}              the past cannot be changed any more
-    baseline        G_t - V(s_t)                                 better than expected?
-    GAE             A_t     = delta_t + gamma * lambda * A_{t+1},    delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)
+The policy gradient is a sum of grad log pi(a_t | s_t) * weight_t. The ladder is a list of weights:
+    return         R(tau) = sum_t gamma^t r_t                  the same number at every step
+    reward-to-go   G_t = r_t + gamma * G_{t+1}                 the past cannot be changed any more
+    baseline       G_t - V(s_t)                                better than expected?
+    TD error       delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)
+    GAE            A_t = delta_t + gamma * lambda * A_{t+1}    a mixture, lambda says of what
 
-Source: Sutton & Barto 2018; Schulman et al. 2015 (GAE). Group weights: Ahmadian et al. 2024, Shao et al. 2024.
-Left out: the gamma^t that a discounted objective puts in front of G_t (nearly every code drops it; at gamma = 1,
-our default for language, nothing is dropped), and everything that corrects for off-policy data (V-trace, Retrace).
-Conventions: trajectories are rows of (B, T) tensors and start in column 0; mask is bool, True on real steps.
-V(s_t) is the value of the state *before* action t. What stands on padding, NaN included, changes nothing.
-After the last step comes a state of value `last_value`: 0 (None) if the episode terminated there, V of that state if
-only a time limit cut it off. Run `python gae.py`: the recursion worked out on a trajectory of four steps.
+Rows of (B, T) tensors are trajectories, from column 0 on. mask is 1 on real steps, 0 on the padding
+after them, where anything may stand, NaN too. V(s_t) is the value of the state *before* action t.
+The state after the last step is worth `last_value` (B,): 0 (None) if the episode terminated, V of
+that state if only a time limit cut it off.
+Source: Sutton & Barto 2018; Schulman et al. 2015. Left out: the gamma^t in front of G_t in the
+gradient of a discounted J (nearly every code drops it; at gamma = 1 nothing is dropped).
+Run `python gae.py`: the recursion worked out on a trajectory of four steps.
 """
 import torch
 
 
 # Slide "RL Intro" ---------------------------------------------------------------------------------
 def discounted_return(rewards, mask, gamma=1.0):
-    """Return: R(tau) = sum_t gamma^t r_t, the first reward undiscounted.
-
-    rewards (B, T) in units of reward, mask (B, T) bool. Returns (B,)."""
+    """Return: R(tau) = sum_t gamma^t r_t, the first one undiscounted. All (B, T). Returns (B,)."""
     assert rewards.shape == mask.shape
-    T = rewards.shape[1]
-    discount = gamma ** torch.arange(T, device=rewards.device, dtype=rewards.dtype)  # (T,)
-    return (discount * rewards.masked_fill(~mask, 0)).sum(1)                         # (B,)
+    t = torch.arange(rewards.shape[1], device=rewards.device, dtype=rewards.dtype)  # (T,)
+    return torch.where(mask.bool(), gamma ** t * rewards, 0).sum(1)
 
 
 # Slide "REINFORCE Gradient: Reducing Variance" ----------------------------------------------------
 def reward_to_go(rewards, mask, gamma=1.0, last_value=None):
-    """Reward-to-go: G_t = sum_{t' >= t} gamma^(t' - t) r_{t'}, and gamma^(n - t) last_value after the n real steps.
+    """Reward-to-go: G_t = sum_{t' >= t} gamma^(t' - t) r_{t'}. It is what V(s_t) learns to predict.
 
     rewards, mask (B, T); last_value (B,) or None for 0. Returns (B, T), 0 on padding."""
     assert rewards.shape == mask.shape
     B, T = rewards.shape
-    r = rewards.masked_fill(~mask, 0).T                                     # (T, B): its rows lie together in memory
-    real = mask.T                                                           # (T, B)
-    running = rewards.new_zeros(B) if last_value is None else last_value    # (B,)  G after the last step
-    G = torch.zeros_like(r)                                                 # (T, B)
+    G = torch.zeros_like(rewards)                                       # (B, T)
+    later = rewards.new_zeros(B) if last_value is None else last_value  # (B,)  G_{t+1}
     for t in reversed(range(T)):
-        # G_t = r_t + gamma * G_{t+1}, and nothing moves before the last real step is reached
-        running = torch.where(real[t], r[t] + gamma * running, running)     # (B,)
-        G[t] = running
-    return (G * real).T                                                     # (B, T)
+        real = mask[:, t].bool()                                        # (B,)
+        # G_t = r_t + gamma * G_{t+1}; on padding nothing has happened yet
+        later = torch.where(real, rewards[:, t] + gamma * later, later)  # (B,)
+        G[:, t] = torch.where(real, later, 0)
+    return G
+
+
+# Slide "Baseline Estimator" -----------------------------------------------------------------------
+def baseline_advantage(ret, values, mask):
+    """Baseline: G_t - b(s_t) with b = V, which knows the state but not the action: the mean stays.
+
+    ret (B, T), the reward-to-go; values, mask (B, T). Returns (B, T), 0 on padding."""
+    assert ret.shape == values.shape == mask.shape
+    return torch.where(mask.bool(), ret - values, 0)
 
 
 # Slide "Advantage Function" -----------------------------------------------------------------------
-def state_values(values, mask, last_value=None):
-    """V of every state: column t is V(s_t), and the column after the last real step is `last_value`.
-
-    values, mask (B, T); last_value (B,) or None for 0. Returns (B, T + 1), 0 after that column."""
-    assert values.shape == mask.shape
-    B, T = values.shape
-    V = values.new_zeros(B, T + 1)                      # (B, T + 1)
-    V[:, :T] = values.masked_fill(~mask, 0)
-    if last_value is not None:
-        V[torch.arange(B, device=V.device), mask.sum(1)] = last_value
-    return V
-
-
 def td_error(rewards, values, mask, gamma=1.0, last_value=None):
     """TD error: delta_t = r_t + gamma * V(s_{t+1}) - V(s_t). Shapes as in `gae`. Returns (B, T)."""
     assert rewards.shape == values.shape == mask.shape
-    V = state_values(values, mask, last_value)          # (B, T + 1)
-    delta = rewards + gamma * V[:, 1:] - V[:, :-1]      # (B, T)
-    return delta.masked_fill(~mask, 0)
+    mask = mask.bool()
+    # V(s_{t+1}) is the next column, and after the last real step `last_value`
+    goes_on = torch.cat((mask[:, 1:], torch.zeros_like(mask[:, :1])), 1)  # (B, T)
+    after = values.new_zeros(len(values)) if last_value is None else last_value  # (B,)
+    next_value = torch.where(goes_on, values.roll(-1, 1), after[:, None])  # (B, T)
+    return torch.where(mask, rewards + gamma * next_value - values, 0)
 
 
 def n_step_advantage(n, rewards, values, mask, gamma=1.0, last_value=None):
-    """The slide's list, line n: A_t = [r_t + gamma r_{t+1} + .. + gamma^{n-1} r_{t+n-1} + gamma^n V(s_{t+n})] - V(s_t).
+    """The slide's line n: [r_t + .. + gamma^{n-1} r_{t+n-1} + gamma^n V(s_{t+n})] - V(s_t).
 
-    n >= 1 steps; where the trajectory ends earlier, the sum ends with it. Shapes as in `gae`. Returns (B, T)."""
+    Where the trajectory ends earlier, so does the sum. Shapes as in `gae`. Returns (B, T)."""
     assert n >= 1 and rewards.shape == values.shape == mask.shape
+    mask = mask.bool()
     B, T = rewards.shape
-    V = state_values(values, mask, last_value)                          # (B, T + 1)
-    r = rewards.masked_fill(~mask, 0)                                   # (B, T)
-    t = torch.arange(T, device=r.device)                                # (T,)
-    stop = torch.minimum(t + n, mask.sum(1, keepdim=True)).clamp(min=t)  # (B, T)  s_stop is the last state looked at
-    A = gamma ** (stop - t).to(V.dtype) * V.gather(1, stop) - V[:, :T]  # (B, T)
-    for l in range(min(n, T)):
-        A[:, :T - l] += gamma ** l * r[:, l:]
-    return A.masked_fill(~mask, 0)
+    V = torch.cat((torch.where(mask, values, 0), values.new_zeros(B, 1)), 1)  # (B, T + 1)
+    if last_value is not None:  # the state after the last real step
+        V[torch.arange(B, device=V.device), mask.sum(1)] = last_value
+    # return of n steps = r_t + gamma * return of n - 1 steps from s_{t+1}; of 0 steps: V
+    ret = V                                                             # (B, T + 1)
+    for _ in range(min(n, T)):
+        longer = torch.where(mask, rewards + gamma * ret[:, 1:], ret[:, :-1])  # (B, T)
+        ret = torch.cat((longer, ret[:, -1:]), 1)                       # (B, T + 1)
+    return torch.where(mask, ret[:, :-1] - values, 0)
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95, last_value=None):
-    """Generalized Advantage Estimation (Schulman et al. 2015).
+    """Generalized Advantage Estimation (Schulman et al. 2015): a mixture of all n-step advantages.
 
-    The lambda-weighted mixture of all n-step advantages, in one backward pass. lambda = 0: the TD error, little
-    variance, biased as V is wrong. lambda = 1: G_t - V(s_t), unbiased.
-    rewards, values (B, T) in units of reward, mask (B, T) bool; last_value (B,) or None for 0. Returns (B, T).
-    What the value head should learn from it is A_t + V(s_t)."""
+    lambda = 0: the TD error, little variance, biased as V is wrong. lambda = 1: G_t - V(s_t).
+    rewards, values (B, T) in units of reward, mask (B, T); last_value (B,) or None for 0.
+    Returns (B, T), 0 on padding."""
+    assert rewards.shape == values.shape == mask.shape
     B, T = rewards.shape
-    delta = td_error(rewards, values, mask, gamma, last_value).T.contiguous()  # (T, B): its rows lie together
-    A = torch.empty_like(delta)                                                # (T, B)
-    running = delta.new_zeros(B)                                               # (B,)  A after the last step
+    adv = torch.zeros_like(rewards)                                     # (B, T)
+    later = rewards.new_zeros(B)                                        # (B,)  A_{t+1}
+    next_value = rewards.new_zeros(B) if last_value is None else last_value  # (B,)  V(s_{t+1})
     for t in reversed(range(T)):
-        # A_t = delta_t + gamma * lambda * A_{t+1}; on padding delta is 0, so A stays 0 until the last real step
-        running = delta[t] + gamma * lam * running
-        A[t] = running
-    return A.T                                                                 # (B, T)
+        real = mask[:, t].bool()                                        # (B,)
+        # delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)
+        delta = rewards[:, t] + gamma * next_value - values[:, t]       # (B,)
+        # A_t = delta_t + gamma * lambda * A_{t+1}; on padding nothing has happened yet
+        later = torch.where(real, delta + gamma * lam * later, later)   # (B,)
+        next_value = torch.where(real, values[:, t], next_value)        # (B,)
+        adv[:, t] = torch.where(real, later, 0)
+    return adv
 
 
-# Past the slides: several answers to one prompt judge each other, no value head needed -------------
+# Past the slides: the answers to one prompt judge each other, no value head needed ----------------
 def rloo_advantage(returns, group):
-    """REINFORCE leave-one-out (Ahmadian et al. 2024): A_i = R_i - mean of the other answers' R. Unbiased.
+    """REINFORCE leave-one-out (Ahmadian et al. 2024): A_i = R_i - mean of the others' R. Unbiased.
 
-    returns (B,), answers to one prompt in adjacent rows; group >= 2 divides B. Returns (B,)."""
+    returns (B,), the answers to a prompt in `group` adjacent rows. Returns (B,), 0 if all agree."""
     assert group >= 2 and len(returns) % group == 0
-    R = returns.view(-1, group)                              # (B / group, group)
-    others = (R.sum(1, keepdim=True) - R) / (group - 1)      # (B / group, group)
+    R = returns.view(-1, group)                                         # (B / group, group)
+    R = R - R[:, :1]  # equal rewards become exactly 0, without the rounding error of a mean
+    others = (R.sum(1, keepdim=True) - R) / (group - 1)                 # (B / group, group)
     return (R - others).flatten()
 
 
 def grpo_advantage(returns, group, eps=1e-6):
-    """Group-relative advantage (Shao et al. 2024, GRPO): A_i = (R_i - mean) / std of the group, oneself included.
+    """Group-relative advantage (GRPO, Shao et al. 2024): A_i = (R_i - mean) / std of the group.
 
-    Shapes as in `rloo_advantage`. A group that all agrees gets 0."""
+    Shapes as in `rloo_advantage`. Returns (B,), exactly 0 where all agree."""
     assert group >= 2 and len(returns) % group == 0
-    R = returns.view(-1, group)                                                       # (B / group, group)
+    R = returns.view(-1, group)                                         # (B / group, group)
+    R = R - R[:, :1]  # equal rewards become exactly 0, or a rounding error would be divided by eps
     return ((R - R.mean(1, keepdim=True)) / (R.std(1, keepdim=True) + eps)).flatten()
 
 
@@ -126,18 +130,16 @@ if __name__ == "__main__":
     gamma, lam = 0.9, 0.8
     rewards = torch.tensor([[0.0, -1.0, 0.0, 10.0]])
     values = torch.tensor([[4.0, 6.0, 7.0, 8.0]])
-    mask = torch.ones(1, 4, dtype=torch.bool)
+    mask = torch.ones(1, 4)
+    G = reward_to_go(rewards, mask, gamma)[0]
+    delta = td_error(rewards, values, mask, gamma)[0]
+    A = gae(rewards, values, mask, gamma, lam)[0]
     print(f"gamma = {gamma}, lambda = {lam}; the episode terminates, so V after it is 0\n")
-    print("t   r_t  V(s_t)           G_t  G_t-V(s_t)  delta_t       A_t")
-    G, delta, A = (f[0] for f in (reward_to_go(rewards, mask, gamma), td_error(rewards, values, mask, gamma),
-                                  gae(rewards, values, mask, gamma, lam)))
-    for t in range(4):
-        r, v = rewards[0, t], values[0, t]
-        print(f"{t} {r:5.1f} {v:7.1f} {G[t]:13.3f} {G[t] - v:9.3f} {delta[t]:10.3f} {A[t]:9.3f}")
-    print("\nfrom the end:")
-    for t in reversed(range(4)):
-        after = A[t + 1].item() if t < 3 else 0.0
-        print(f"A_{t} = {delta[t]:.3f} + {gamma} * {lam} * {after:.3f} = {A[t]:.3f}")
+    print("t   r_t  V(s_t)      G_t  G_t - V  delta_t    A_t = delta_t + gamma * lambda * A_{t+1}")
+    for t, (r, v) in enumerate(zip(rewards[0], values[0])):
+        print(f"{t} {r:5.1f} {v:7.1f} {G[t]:8.3f} {G[t] - v:8.3f} {delta[t]:8.3f}  {A[t]:5.3f} = "
+              f"{delta[t]:.3f} + {gamma} * {lam} * {A[t + 1] if t < 3 else 0:.3f}")
     print(f"\nreturn of the trajectory: {discounted_return(rewards, mask, gamma).item():.3f} = G_0")
     for n in range(1, 5):
-        print(f"{n}-step advantage of the first action: {n_step_advantage(n, rewards, values, mask, gamma)[0, 0]:.3f}")
+        first = n_step_advantage(n, rewards, values, mask, gamma)[0, 0]
+        print(f"{n}-step advantage of the first action: {first:.3f}")

@@ -1,91 +1,72 @@
-"""Slide "REINFORCE Gradient: Reducing Variance" on the language model: bias and spread of every weight.
+"""Slide "REINFORCE Gradient: Reducing Variance" on the language model: bias and spread of weights.
 
-The twin of figures/variance.py. One fixed policy, after 20 batches of `baseline`; g is the gradient in all parameters
-that its log-probs depend on, every weight is measured on the same answers, and V is
-    RL's       the value head as these 20 batches left it, on the policy's trunk
-    its own    a network of its own, which began as the reward model (as in InstructGPT) and learned V from 4,950
-               answers of this policy
-Nobody knows the exact gradient. But "baseline" is unbiased with any V; so with its own V, where it has least spread,
-its mean is the yardstick. What the mean of another weight differs from it on the same answers is bias, or chance:
-    spread    sqrt(E|g - E[g]|^2) / |grad J| of one trajectory's g: that of a batch, times the root of its size
+The twin of figures/variance.py. One fixed policy (figures/critic.py); g is the gradient in all
+parameters that its log-probs depend on; all weights are measured on the same answers. V is RL's,
+the value head on the policy's trunk, or its own, a network of its own.
+Nobody knows the exact gradient. But "baseline" is unbiased with any V; so with its own V, where it
+has least spread, its mean is the yardstick. What the mean of another weight differs from it on the
+same answers is bias, or chance:
+    spread    sqrt(E|g - E[g]|^2) / |grad J| of one trajectory: that of a batch, times sqrt(size)
     variance  E|g - E[g]|^2 as a share of the return's; +-: two standard errors
     length    |E[g]| / |grad J|, each |E[g]| less what noise adds to it; |grad J| is the yardstick's
-    trajectories   how many must be averaged until the spread is a tenth of |E[g]|: a short g gains nothing
+    trajectories   how many must be averaged until the spread is a tenth of |E[g]|
     bias      |E[g] - yardstick| / |grad J|; noise: the length that sampling alone gives it
-The reward is the score at the end; in the last rows also the KL, which V was not taught. Questions of the three kinds
-take turns, as in RL.
-Run `python -m figures.variance_language [out] [seed]`: prints the table, writes variance_language.csv and .png beside
-this script; four minutes on one core once the stages are there.
+The reward is the score at the end; in the last rows also the KL, which V was not taught.
+Run `python -m figures.variance_language [out] [seed]`: prints the table, writes
+variance_language.csv and .png beside this script; five minutes once the stages are there.
 """
-import contextlib
-import copy
-import io
 import sys
 from collections import defaultdict
-from pathlib import Path
-from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import torch
 
-from figures.variance import HERE, LAMBDAS, write
-from gae import reward_to_go
-from gpt import fit
-from ppo import log_probs, penalised_rewards, policy_gradient_loss, value_loss
-from train import WEIGHTS, Stages, configuration, parse, prepare_chat, rescore, run_all
+from figures.critic import prepare
+from figures.runs import BLACK, BLUE, HERE, RED, plain, side_by_side
+from figures.variance import LAMBDAS, NO_V, curve, weights
+from lab.files import write_csv
+from ppo import average, log_probs, penalised_rewards, policy_gradient_loss
 
 BATCH, BATCHES = 24, 200
 BETA = 1  # ten times the ladder's, or nothing would be seen of it
-ROWS = [("baseline", 1.0, "its own"), ("return", 1.0, "none"), ("reward-to-go", 1.0, "none"),  # the yardstick first
-        ("baseline", 1.0, "RL's"), *(("gae", lam, V) for lam in LAMBDAS for V in ("its own", "RL's"))]
+COLUMNS = ["variance", "length", "trajectories", "bias"]
 
 
-def fit_critic(chat, policy, batches=150, batch_size=33, lr=1e-3):
-    """V^pi by a network of its own, from fresh answers of the policy and the reward-to-go at their tokens."""
-    scorer = chat.reward_model
-    critic = copy.deepcopy(scorer.gpt).requires_grad_()
-    critic.value_head.weight.data = scorer.gpt.reward_head.weight / scorer.std  # begins as the score of the text so far
-    critic.value_head.bias.data = (scorer.gpt.reward_head.bias - scorer.mean) / scorer.std
-
-    def loss_of_step(step):
-        b, _ = chat.sample(policy, batch_size)
-        return value_loss(chat.logits_and_values(critic, b)[1], reward_to_go(b["rewards"], b["mask"]), b["mask"])
-
-    fit(critic, loss_of_step, batches, lr)
-    return critic.state_dict()
-
-
-def prepare(out, seed):
-    """The world of questions, the fixed policy, the one before RL, the critic, and the flags; reuses what is there."""
-    args = parse(["--algo", "baseline", "--steps", "20", "--name", "half", "--seed", str(seed), "--out", str(out)])
-    folder, = run_all([args])
-    with contextlib.redirect_stdout(io.StringIO()):
-        chat, sft, _, data = prepare_chat(args)
-        policy, critic = copy.deepcopy(sft), copy.deepcopy(sft)
-        policy.load_state_dict(torch.load(folder / "policy.pt", map_location="cpu", weights_only=True))
-        stages = Stages(args.out / "stages", data, configuration(args))
-        critic.load_state_dict(stages.run("critic", lambda: fit_critic(chat, policy), fit_critic))
-    return chat, policy, sft.requires_grad_(False), critic.requires_grad_(False), args
+@torch.no_grad()
+def weigh(chat, reference, critic, b):
+    """{(reward, weight, V): (n, T)} of the trajectories b; the yardstick comes first."""
+    logp_ref = log_probs(chat.logits_and_values(reference, b)[0], b["actions"])  # (n, T)
+    own, named = chat.logits_and_values(critic, b)[1], {}               # (n, T)
+    for beta, reward in ((0, "score"), (BETA, f"score - {BETA} KL")):
+        rewards = penalised_rewards(b["rewards"], b["logp_old"], logp_ref, beta)  # (n, T)
+        for which, V in (("its own", own), ("RL's", b["values"])):
+            told = weights(rewards, V, b["mask"], 1.0)
+            for name in ["baseline", *NO_V, *(f"GAE {lam}" for lam in LAMBDAS)]:
+                if beta == 0 or which == "its own" and not name.startswith("GAE"):
+                    named[reward, name, "none" if name in NO_V else which] = told[name]
+    return named
 
 
 def measure(world, policy, weigh, batches, n):
-    """Sampled gradients of J, each the mean over n trajectories: {name: (mean (W,), squares (N,), apart (N,))}.
+    """Gradients of J, each the mean over n trajectories: {name: (mean (W,), squares, apart (N,))}.
 
-    weigh(batch) -> {(reward, ..): weight (n, T)}. mean is that over the N batches; squares are the |g|^2, apart the
-    |g - g'|^2, g' on the same batch with the first weight of the same reward."""
-    trunk = [p for name, p in policy.named_parameters() if "_head" not in name]      # W numbers in all
+    weigh(batch) -> {(reward, ..): weight (n, T)}. Mean over the N batches; squares are the |g|^2,
+    apart the |g - g'|^2, g' on the same batch with the first weight of the same reward."""
+    trunk = [p for name, p in policy.named_parameters() if "_head" not in name]  # W numbers in all
     mean, squares, apart = defaultdict(float), defaultdict(list), defaultdict(list)
-    for _ in range(batches):
-        b, _ = world.sample(policy, n)
-        logp = log_probs(world.logits_and_values(policy, b)[0], b["actions"])                      # (n, T)
+    for i in range(batches):
+        b, _ = world.sample(policy, n, 1, 10_000 + i)
+        logp = log_probs(world.logits_and_values(policy, b)[0], b["actions"])  # (n, T)
         first = {}
         for name, weight in weigh(b).items():
-            loss = policy_gradient_loss(logp, weight, b["mask"])
-            parts = torch.autograd.grad(-loss, trunk, retain_graph=True)  # minus: the loss is that of -J
-            g = torch.cat([part.flatten() for part in parts])                                      # (W,)
+            loss = average(policy_gradient_loss(logp, weight), b["mask"])
+            parts = torch.autograd.grad(-loss, trunk, retain_graph=True)
+            g = torch.cat([part.flatten() for part in parts])           # (W,)
             mean[name] = mean[name] + g / batches
             squares[name].append(g.square().sum().item())
             apart[name].append((g - first.setdefault(name[0], g)).square().sum().item())
-    return {name: (mean[name], torch.tensor(squares[name]), torch.tensor(apart[name])) for name in mean}
+    return {name: (mean[name], torch.tensor(squares[name]), torch.tensor(apart[name]))
+            for name in mean}
 
 
 def variance(mean, squares, n):
@@ -94,63 +75,58 @@ def variance(mean, squares, n):
     return (n * (squares.mean() - mean.square().sum()) * N / (N - 1)).item()
 
 
-@torch.no_grad()
-def left(chat, policy, critic, batches=24, n=126):
-    """Which share of the squared reward-to-go V leaves: over all tokens, and where the gradient comes from.
+def compare(measured):
+    """A row of the CSV for each weight."""
+    total, rows = BATCH * BATCHES, []
+    for (reward, weight, V), (mean, squares, apart) in measured.items():
+        yardstick, theirs, _ = measured[reward, "baseline", "its own"]
+        noise = variance(yardstick, theirs, BATCH) / total
+        size = (yardstick.square().sum().item() - noise) ** 0.5         # |grad J|
+        plainest, plain_squares, _ = measured[reward, "return", "none"]
+        spread = variance(mean, squares, BATCH)
+        share = spread / variance(plainest, plain_squares, BATCH)
+        error = ((squares - share * plain_squares).std() / plain_squares.mean()).item()
+        length = max(mean.square().sum().item() - spread / total, 1e-12) ** 0.5
+        row = {"spread": spread ** 0.5 / size, "variance": share, "+-": 2 * error / BATCHES ** 0.5,
+               "length": length / size, "trajectories": 100 * spread / length ** 2,
+               "bias": (mean - yardstick).norm().item() / size,
+               "noise": (variance(mean - yardstick, apart, BATCH) / total) ** 0.5 / size}
+        rows.append({"reward": reward, "weight": weight, "V": V} | {
+            k: round(x, 3 if k != "trajectories" else None) for k, x in row.items()})
+    return rows
 
-    There a token counts with |grad log pi(a_t | s_t)|^2 in its logits, which is next to 0 where the policy is sure."""
-    old, new = torch.zeros(2), torch.zeros(2)
-    for _ in range(batches):
-        b, _ = chat.sample(policy, n)
-        pi = torch.softmax(chat.logits_and_values(policy, b)[0], -1)                               # (n, T, V)
-        pull = pi.square().sum(-1) + 1 - 2 * b["logp_old"].exp()           # |onehot(a_t) - pi|^2    (n, T)
-        count = torch.stack((torch.ones_like(pull), pull)) * b["mask"]                             # (2, n, T)
-        G = reward_to_go(b["rewards"], b["mask"])                                                  # (n, T)
-        old += (count * G ** 2).sum((1, 2))
-        new += (count * (G - chat.logits_and_values(critic, b)[1]) ** 2).sum((1, 2))
-    return (new / old).tolist()
+
+def table(rows):
+    """The rows of the CSV as Markdown, a line a weight."""
+    heads = ["reward", "weight", *COLUMNS, *(f"{name}, V is RL's" for name in COLUMNS)]
+    return side_by_side(rows, ("reward", "weight"), COLUMNS, heads)
+
+
+def draw(rows):
+    """Bias against spread of every weight on the score, a line a V."""
+    figure, axis = plt.subplots(figsize=(8, 5))
+    rows = [row for row in rows if row["reward"] == "score"]
+    curve(axis, [row for row in rows if row["weight"] == "return"], BLACK, "D", "no V")
+    for V, color, label in (("its own", BLUE, "GAE, V a network of its own"),
+                            ("RL's", RED, "GAE, V the head that RL trains")):
+        some = [row for row in rows if row["V"] == V and row["weight"].startswith("GAE")]
+        curve(axis, some, color, "o-", label)
+    axis.set(xlabel="bias, share of the mean gradient", ylim=0,
+             ylabel="spread of one trajectory, times the mean gradient")
+    axis.legend()
+    plain([axis])
+    figure.tight_layout()
+    figure.savefig(HERE / "variance_language.png", dpi=110)
 
 
 def main(out="out", seed=0):
     """Measure every weight, print the table, write the files."""
-    chat, policy, reference, critic, args = prepare(Path(out), seed)
-
-    def weigh(b):
-        logp_ref, own = rescore(chat, reference, b, args), chat.logits_and_values(critic, b)[1]    # (n, T) each
-        V = {"none": b["values"], "RL's": b["values"], "its own": own}
-        return {(beta, *row): WEIGHTS[row[0]](penalised_rewards(b["rewards"], b["logp_old"], logp_ref, b["mask"], beta),
-                                              V[row[2]], b["mask"], b["last_value"],
-                                              SimpleNamespace(gamma=args.gamma, lam=row[1]))
-                for beta in (0, BETA) for row in (ROWS[:3] if beta else ROWS)}
-
-    chat.reseed(12345)
-    measured = measure(chat, policy, weigh, BATCHES, BATCH)
-    total, rows = BATCH * BATCHES, []
-    for (beta, weight, lam, V), (mean, squares, apart) in measured.items():
-        yardstick, *others = measured[beta, *ROWS[0]]
-        size = (yardstick.square().sum().item() - variance(yardstick, others[0], BATCH) / total) ** 0.5
-        plain, plain_squares, _ = measured[beta, *ROWS[1]]
-        spread = variance(mean, squares, BATCH)
-        share = spread / variance(plain, plain_squares, BATCH)
-        error = 2 * ((squares - share * plain_squares).std() / plain_squares.mean()).item() / BATCHES ** 0.5
-        length = max(mean.square().sum().item() - spread / total, 0) ** 0.5
-        noise = (variance(mean - yardstick, apart, BATCH) / total) ** 0.5
-        rows.append({"reward": f"score - {beta} KL" if beta else "score",
-                     "weight": f"GAE {lam}" if weight == "gae" else weight, "V": V,
-                     "spread": round(spread ** 0.5 / size, 2), "variance": round(share, 3), "+-": round(error, 3),
-                     "length": round(length / size, 3), "trajectories": round(100 * spread / length ** 2),
-                     "bias": round((mean - yardstick).norm().item() / size, 3), "noise": round(noise / size, 3)})
-        print("  ".join(f"{k} {v!s:<12}" for k, v in rows[-1].items()))
-    tokens, pull = left(chat, policy, critic)
-    print(f"its own V leaves {tokens:.0%} of the squared score over all tokens, {pull:.0%} where the gradient is made")
-
-    names = ["return", "reward-to-go", "baseline", *(f"GAE {lam}" for lam in LAMBDAS)]
-    write(rows, names, [("V: " + label, color, marker, [r for r in rows if (r["reward"], r["V"]) == ("score", V)])
-                        for V, label, color, marker in (("none", "none", "#000000", "D"),
-                                                        ("its own", "a network of its own", "#0072b2", "o"),
-                                                        ("RL's", "the head that RL trains", "#d55e00", "s"))],
-          "mean", "Language: V by a network of its own saves a third of the variance, the head that RL trains 4 %;\n"
-                  "with that head a smaller λ shortens the gradient, and turns it away", HERE / "variance_language")
+    chat, policy, reference, critic, _ = prepare(out, seed)
+    rows = compare(measure(chat, policy, lambda b: weigh(chat, reference, critic, b),
+                           BATCHES, BATCH))
+    write_csv(HERE / "variance_language.csv", rows)
+    print("\n".join(table(rows)))
+    draw(rows)
 
 
 if __name__ == "__main__":
