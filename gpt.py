@@ -11,6 +11,7 @@ and values (lab/fast.py samples the same tokens with one).
 Letters: B sequences, T tokens, V vocabulary, C channels, H heads, D = C / H, P tokens of a prompt.
 Run `python gpt.py`: a GPT learns one sentence by heart and says it.
 """
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -114,7 +115,9 @@ class GPT(nn.Module):
 
     def precision(self):
         """The context of all matrix products: bfloat16 where the config says so."""
-        return torch.autocast(self.wte.weight.device.type, torch.bfloat16, self.config.bf16)
+        if not self.config.bf16:
+            return contextlib.nullcontext()
+        return torch.autocast(self.wte.weight.device.type, torch.bfloat16)
 
     def forward(self, tokens, mask=None):
         """Hidden states (B, T, C) of tokens (B, T), the input of all three heads.

@@ -162,7 +162,7 @@ def explained_variance(values, target, mask):
     G = target[mask.bool()]                                             # (N,)
     error = G - values[mask.bool()]                                     # (N,)
     if (G == G[:1]).all():
-        return torch.zeros(())
+        return G.new_zeros(())
     return 1 - error.var() / G.var()
 
 

@@ -34,6 +34,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, Optional
 
+import numpy as np
 import pytest
 import tiktoken
 import torch
@@ -46,6 +47,8 @@ from chat import gpt2, report, stages
 from chat import tokenizer as tokenizers
 from chat.env import Chat, question_and_answer
 from chat.world import ERRORS, KINDS, QUESTIONS, VERDICTS, World
+from figures import (break_it, credit, entropy_sgd, gridworld, hacking, kl, reuse, runs, uses,
+                     variance, variance_language)
 from gae import (baseline_advantage, discounted_return, gae, grpo_advantage, n_step_advantage,
                  reward_to_go, rloo_advantage, td_error)
 from gpt import GPT, GPTConfig, fit, generate, language_model_loss
@@ -974,6 +977,15 @@ def two_policies():
     return theta, softmax(theta), softmax(other)
 
 
+def test_in_the_middle_step_of_the_importance_identity_the_slide_has_another_number():
+    """E_p[f] = sum (q/q) p f = sum q (p/q) f; the slide's (q/p) p f is q f, the mean under q."""
+    p, q, f = (torch.tensor(x, dtype=F64) for x in ((.5, .3, .2), (.2, .3, .5), (1, 2, 3)))
+    close((p * f).sum(), 1.7)
+    close((q / p * p * f).sum(), 2.3)
+    close((q / q * p * f).sum(), 1.7)
+    close((q * (p / q) * f).sum(), 1.7)
+
+
 def test_importance_sampling_gives_the_new_policy_from_samples_of_the_old():
     """E_old[ratio A] = E_new[A], in value and in gradient."""
     theta, pi, pi_old = two_policies()
@@ -1286,7 +1298,6 @@ def test_every_tensor_is_made_where_the_data_lies():
     ends = (reward_to_go, td_error, n_step_advantage, gae)  # without a last_value, too
     given += [(f, *x[:-1]) for f, *x in given if f in ends]
     gpt, score = tiny_gpt().to("meta"), move(randn(2))
-    gpt.precision = contextlib.nullcontext  # autocast does not know that device
     tokens, mask = map(move, pad_rows(random_rows(2, 6), "left", 8))
     with Away():
         for function, *x in given:
@@ -1684,7 +1695,8 @@ def jsonl(path, *rows):
     return path
 
 
-@pytest.mark.parametrize("mark, end", [("\ufeff", ""), ("", "\n"), ("", "  \n\n"), ("\ufeff", "\r")])
+@pytest.mark.parametrize("mark, end", [("\ufeff", ""), ("", "\n"), ("", "  \n\n"),
+                                       ("\ufeff", "\r")])
 def test_what_an_editor_does_to_a_file_changes_none_of_its_rows(mark, end, tmp_path):
     """A byte-order mark, empty lines, line ends of Windows; a line separator is only a letter."""
     rows = [PAIR, PAIR | {"prompt": "Where is Łódź?\u2028", "chosen": ""}]
@@ -1833,7 +1845,7 @@ def test_a_label_is_on_the_disk_before_the_next_question(person, tmp_path, capsy
     assert 25 < sum(chosen == "a" for _, chosen in many) < 74  # left and right are drawn by lot
 
 
-def test_undo_takes_back_this_sittings_labels_but_nothing_that_somebody_else_wrote(person, tmp_path):
+def test_undo_takes_back_this_sittings_labels_and_nobody_elses(person, tmp_path):
     """After left, skip, undo the first label stands. An editor may save in between, without the
     last line feed: what comes next stands on a line of its own."""
     def editor():
@@ -1867,7 +1879,7 @@ def likelihood(model, row):
 
 
 def test_pretraining_learns_every_token_and_sft_the_answers_with_their_end():
-    """SFT does not learn to ask. What was read is kept in mind, if it is read on, and what is longer
+    """SFT does not learn to ask. What was read is kept in mind if it is read on, and what is longer
     than an answer may be teaches no end."""
     torch.manual_seed(0)
     model, line, rng = GPT(GPTConfig(BYTES.vocab_size, 64, 1, 2, 32)), "abcdefghijklm", dice("SFT")
@@ -2023,10 +2035,12 @@ def test_every_policy_is_evaluated_with_the_same_questions_and_noise():
     """In each chunk anew, as how much noise an answer uses up depends on the policy."""
     letters = tokenizers.Tokenizer({bytes([c]): i for i, c in enumerate(b" abcd?")})
     world = SimpleNamespace(fact_of={}, questions=lambda n, *use: [f"{use[0][0]}?"] * n)
-    chat, told = Chat(world, letters, lambda q, a: [0.0] * len(q), None, SimpleNamespace(**FLAGS)), []
+    chat = Chat(world, letters, lambda q, a: [0.0] * len(q), None, SimpleNamespace(**FLAGS))
+    told = []
     answer = chat.answer
     chat.answer = lambda policy, questions, noise: (
-        told.append((*questions, str(noise.get_state().tolist()))), answer(policy, questions, noise))[1]
+        told.append((*questions, str(noise.get_state().tolist()))),
+        answer(policy, questions, noise))[1]
     for seed in (1, 2):
         for split in ("aaa", "bbb"):
             report.evaluate(chat, tiny_gpt(letters.vocab_size, seed=seed), split, n=9, at_once=3)
@@ -2081,6 +2095,74 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been(env, requ
     assert capsys.readouterr().out.count("going on in") == 2
 
 
+def test_a_checkpoint_that_is_damaged_or_of_another_run_is_not_gone_on_from(tmp_path, monkeypatch,
+                                                                            capsys):
+    """The run starts again and ends the same. One that has ended is not run again."""
+    monkeypatch.chdir(tmp_path)
+    assert train.main(CAT) == 0
+    folder, updates = parsed(*CAT).folder, []
+    whole, path = outcome(folder), folder / "checkpoint.pt"
+    saved, other = path.read_bytes(), torch.load(path, weights_only=True)
+    torch.save(other | {"step": 1, "config": other["config"] | {"lr": "7"}}, tmp_path / "other")
+    spoil(monkeypatch, torch.nn.utils, "clip_grad_norm_", lambda: updates.append(1))
+    for content in (saved, b"", saved[:-50], (tmp_path / "other").read_bytes()):
+        path.write_bytes(content)
+        updates.clear()
+        assert train.main(CAT) == 0 and outcome(folder) == whole
+        assert len(updates) == (0 if content == saved else 12 * 8 * 2)
+    assert train.main([*CAT, "--seed", "1"]) == 0 and "going on" not in capsys.readouterr().out
+    assert outcome(parsed(*CAT, "--seed", "1").folder) != whole
+def test_several_runs_go_on_where_they_were_stopped_and_none_is_run_twice(tmp_path, monkeypatch,
+                                                                          capsys):
+    """Each has its log in its folder; table and picture are made of all. One that diverges leaves
+    the others alone."""
+    monkeypatch.chdir(tmp_path)
+    argv = [*CAT, "--algo", "reinforce,ppo,ppo-kl", "--seeds", "2", "--steps", "3"]
+    updates, stop = [], [20]
+
+    def strike():
+        updates.append(1)
+        if len(updates) == stop[0]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(logged, "SAVE_EVERY", -1)
+    spoil(monkeypatch, torch.nn.utils, "clip_grad_norm_", strike)
+    assert train.main(argv) == 130  # in the second batch of ppo, 16 updates each
+    assert "goes on" in capsys.readouterr().err
+    for all_updates in (198, 198):
+        assert train.main(argv) == 0 and len(updates) == all_updates + 1
+        told = capsys.readouterr().out
+    assert "6 of 6: gridworld-reinforce_ppo_ppo-kl" in told or "6 of 6: gridworld-ppo-kl" in told
+    assert Path("out/compare-gridworld.md").read_text() in told
+    assert Path("out/compare-gridworld.png").read_bytes()[:4] == b"\x89PNG"
+    for folder in Path("out").glob("gridworld*"):
+        assert "   2 " in (folder / "log.txt").read_text()
+    assert train.main([*argv, "--beta", "1e38"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("; batch") == 2
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--env gridworld --algo ppo-kl --beta 1e30", "the largest weight"),
+    ("--env gridworld --algo grpo --beta 1e38", "gradient"),
+    ("--env gridworld --algo ppo --vf-coef 1e38", "values"),
+    ("--env gridworld --algo ppo --entropy-coef 1e38", "gradient"),
+    ("--env gridworld --algo ppo --reward-noise 1e30", "gradient"),
+    ("--reward own.py:f --algo ppo", "1e\\+38"), ("--algo reinforce --lr 1e6", "learning rate"),
+    ("--algo ppo --lr 1e6", "gradient of update [1-9]"),
+    ("--env gridworld --algo ppo --optimizer sgd --lr 1e12", "learning rate")])
+def test_a_diverging_run_blames_the_learning_rate_only_if_it_is_to_blame(flags, says, request,
+                                                                         capsys, monkeypatch):
+    """Status 1 and one line that says what is no number."""
+    argv, cat = flags.split(), "gridworld" in flags
+    if not cat:
+        request.getfixturevalue("small")
+        Path("own.py").write_text("def f(p, r): return [1e38] * len(r)\n")
+        argv = [*LANGUAGE, *argv]
+    line = complaint(capsys, [*argv, "--steps", "4", "--out", "out"], 1)
+    assert re.search(says, line) and ("learning rate" in line) == (says == "learning rate"), line
+
+
 def test_whatever_is_printed_can_be_printed_anywhere(small, monkeypatch, tmp_path):
     """Where only Latin letters, or none but ASCII, can be shown; files are written before."""
     Path("prompts.txt").write_text("Where is Łódź?\n", encoding="utf-8")
@@ -2090,7 +2172,8 @@ def test_whatever_is_printed_can_be_printed_anywhere(small, monkeypatch, tmp_pat
             assert train.main([*LANGUAGE, "--prompts", "prompts.txt", "--out", encoding]) == 0
         names = {path.name for path in Path(encoding).glob("language*/*")}
         assert {"samples.txt", "answers.jsonl", "evaluation.json", "policy.pt"} <= names
-        assert rb"Where is \u0141\xf3d\u017a?" in Path("shown").read_bytes().replace(b"\xf3", br"\xf3")
+        shown = Path("shown").read_bytes().replace(b"\xf3", br"\xf3")
+        assert rb"Where is \u0141\xf3d\u017a?" in shown
     row = {"prompt": "Where is Łódź?", "answers": ["in Poland 🙂", "漢"]}
     jsonl(Path("answers.jsonl"), row)
     for module, argv, typed in (("lab.label", ["mine.jsonl", "answers.jsonl"], b"t\n"),
@@ -2114,9 +2197,11 @@ def test_whatever_is_printed_can_be_printed_anywhere(small, monkeypatch, tmp_pat
     # flags that would do nothing
     "--env gridworld --max-new-tokens 9", "--env gridworld --reward verifier", "--slip .1",
     "--env gridworld --ask x", "--beta 1", "--kl-target 3", "--lam .9", "--algo baseline --lam .9",
-    "--vf-coef 1", "--value-lr 1", "--clip .1", "--algo importance --clip .1", "--algo rloo --lam 1",
+    "--vf-coef 1", "--value-lr 1", "--clip .1", "--algo importance --clip .1",
+    "--algo rloo --lam 1",
     "--reward verifier --pairs x", "--reward verifier --reward-pairs 9",
-    "--pairs x --reward-pairs 9", "--reward verifier --reward-mean 1", "--reward mine.py:f --pairs x",
+    "--pairs x --reward-pairs 9", "--reward verifier --reward-mean 1",
+    "--reward mine.py:f --pairs x",
     "--reward verifier --reward-refresh 9", "--pairs x --reward-refresh 9",
     "--prompts x --reward-refresh 9"])
 def test_bad_input_gets_one_line_and_status_2(argv, tmp_path, monkeypatch, capsys):
@@ -2166,15 +2251,316 @@ def test_the_table_compares_each_rung_with_the_one_above_seed_by_seed(tmp_path):
                                    folder=tmp_path / f"{algo}{seed}")
             files.write_csv(args.folder / "metrics.csv", [{
                 "step": i, "samples": 8 * i + 8, "reward": 1 + i // 3, "gold": 0.5 + (i > 2) / 2,
-                "kl": 0.25, "explained_variance": "nan", "grad_norm": size + seed} for i in range(13)])
+                "kl": 0.25, "explained_variance": "nan", "grad_norm": size + seed}
+                for i in range(13)])
             runs.append(comparing.read_run(args))
     assert runs[0]["right"] == 100 and runs[0]["answers"] == 32 and runs[0]["noise"] == 9
     lines = comparing.table(runs, ["reinforce", "reward-to-go", "ppo"]).split("\n")
     close(runs[0]["score"], (3 * 2 + 3 * 3 + 3 * 4 + 5) / 10)
-    assert lines[2] == "| reinforce | 3 | 100.0 ± 0.0 | – | 32 ± 0 | 16.7 ± 19.9 | 0.25 ± 0.00 | – | 3.20 ± 0.00 |  |"
+    assert lines[2] == ("| reinforce | 3 | 100.0 ± 0.0 | – | 32 ± 0 | 16.7 ± 19.9 | "
+                        "0.25 ± 0.00 | – | 3.20 ± 0.00 |  |")
     assert lines[3].endswith("| noise -6.0 ± 12.7 |") and lines[4].endswith("|  |")
     comparing.draw(runs, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# ===== Your own weights: GPT-2 =====
+def hugging_face(V=97, C=128):
+    """Random weights under the names of GPT2LMHeadModel, whose linear layers stand as (in, out)."""
+    w = {name: x.T if re.search("c_.*weight", name) else x
+         for name, x in tiny_gpt(V, 0.1, C).state_dict().items() if "_head" not in name}
+    w |= {"wte.weight": w["wte.weight"][:V], "h.1.attn.bias": torch.ones(1, 1, 9, 9)}
+    return {f"transformer.{k}": x for k, x in w.items()} | {"lm_head.weight": w["wte.weight"]}
+
+
+def written_out(row):
+    """Oracle: gpt_2 from above."""
+    w = tiny_gpt(97, 0.1, 128).state_dict()
+    return gpt_2(w, row) @ w["wte.weight"][:97].T
+
+
+def of_transformers(row):
+    """Oracle: Hugging Face's GPT2LMHeadModel."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    config = transformers.GPT2Config(vocab_size=97, n_positions=32, n_embd=128, n_layer=2, n_head=2)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.load_state_dict(hugging_face(), strict=False)  # the mask is no weight of theirs any more
+    return theirs(row[None]).logits[0]
+
+
+@pytest.mark.parametrize("oracle", [written_out, of_transformers])
+@torch.no_grad()
+def test_logits_are_those_of_gpt_2_left_padded_too(oracle):
+    """Its weights in our network: every logit of a row that is read alone, and with pads before."""
+    ours, rows = gpt2.from_state_dict(hugging_face()), torch.randint(97, (3, 12), generator=dice())
+    mask = torch.arange(12) >= 12 - torch.tensor([[12], [5], [1]])
+    logits = ours.logits(ours(rows.masked_fill(~mask, 97), mask))
+    for row, real, padded in zip(rows, mask, logits):
+        expected = oracle(row[real])
+        assert expected.abs().max() > 1
+        close(padded[real], expected, 1e-4)
+        close(ours.logits(ours(row[real][None]))[0], expected, 1e-4)
+
+
+def test_weights_in_gpt_2s_naming_come_back_as_they_were():
+    """With or without the prefix, in half precision too. New tokens are read and never said."""
+    torch.manual_seed(0)
+    full, same = hugging_face(), tiny_gpt(97, 0.1, 128).state_dict()
+    for weights in (full, {k.removeprefix("transformer."): x.half() for k, x in full.items()}):
+        ours = gpt2.from_state_dict(weights)
+        for name in (name for name in same if "_head" not in name):
+            n = 97 if name == "wte.weight" else None
+            close(ours.state_dict()[name][:n], same[name][:n], 0 if weights is full else 2e-3)
+        close(ours.wte.weight[97:].mean(0), same["wte.weight"][:97].mean(0), 0.017)  # near average
+        assert ours.logits(ours(torch.tensor([[97, 98, 99]]))).shape == (1, 3, 97)
+        assert ours.config.read_only == 3
+
+
+def fake_encoding(monkeypatch, ranks):
+    """In the place of GPT-2's own, which is not on every machine."""
+    fake = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: fake)
+
+
+def no_network(*args, **kwargs):
+    raise OSError("no network, and not in a cache")
+
+
+def test_what_is_no_gpt_2_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    """--init: a tensor missing or odd, another width, a head of its own, other tokens; no file."""
+    fake_encoding(monkeypatch, BYTES.encoding._mergeable_ranks)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
+    good, path = hugging_face(257), tmp_path / "weights.bin"
+
+    def refused(says, init=str(path)):
+        assert train.main(["--init", init, "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
+        told = capsys.readouterr().err
+        assert re.match(f"train.py: --init .*{says}", told) and told.count("\n") == 1, (says, told)
+    for change, says in [
+            *(({f"transformer.{name}": None}, f"KeyError.*{name}") for name in
+              ("wte.weight", "wpe.weight", "ln_f.weight", "h.0.attn.c_proj.bias")),
+            ({"transformer.h.0.mlp.c_fc.weight": torch.zeros(512, 128)}, "RuntimeError"),
+            ({"lm_head.weight": good["lm_head.weight"] + 1}, "not tied"),
+            (hugging_face(257, 96), "width 96 is not divisible by the 64"),
+            (hugging_face(258), "it has 258 tokens, not GPT-2's")]:
+        torch.save({k: x for k, x in (good | change).items() if x is not None}, path)
+        refused(says)
+    for content in (b"", b"PK", path.read_bytes()[:-99]):
+        path.write_bytes(content)
+        refused("no GPT-2")
+    refused("neither a file", "gpt5")
+    refused("pytorch_model.bin", "gpt2-medium")
+
+
+@pytest.mark.parametrize("its_own", [False, True])
+def test_gpt_2s_turn_tokens_and_pad_stand_behind_its_vocabulary(its_own, monkeypatch):
+    """Of a vocabulary of bytes, and of its own if it is here: nothing is fetched for a test."""
+    monkeypatch.setattr("tiktoken.load.read_file", no_network)
+    if not its_own:
+        fake_encoding(monkeypatch, BYTES.encoding._mergeable_ranks)
+    try:
+        ours = gpt2.tokenizer()
+    except OSError:
+        pytest.skip("GPT-2's vocabulary is not in TIKTOKEN_CACHE_DIR")
+    end = 50256 if its_own else 256
+    assert (ours.end, ours.pad, ours.vocab_size, ours.read_only) == (end, end + 1, end + 1, 3)
+    assert sorted((ours.user, ours.assistant)) == [end + 2, end + 3]
+    hello = [18435, 995] if its_own else [*b" Hello world"]
+    assert ours.prompt("Hello world") == [ours.user, *hello, ours.assistant]
+    for text in ("", "a", "  two  spaces\n\n", "e\u0301\u65e5 <|endoftext|><|end|><|pad|>"):
+        tokens = ours.answer(text)
+        assert ours.decode(tokens + [ours.pad]) == text and max(tokens[:-1]) < end
+
+
+def test_rl_begins_with_the_weights_of_a_file(tmp_path, monkeypatch):
+    """--init FILE: no pretraining; SFT and RL move its weights by little."""
+    monkeypatch.setattr(train.report, "compare", lambda *_: None)  # as in any other run
+    ranks = tokenizers.load().encoding._mergeable_ranks
+    fake_encoding(monkeypatch, ranks)
+    given = hugging_face(len(ranks) + 1, 64)
+    torch.save(given, tmp_path / "small.bin")
+    rows = [{"prompt": f"What is {i}+1?", "response": f"It is {i + 1}."} for i in range(40)]
+    (tmp_path / "demos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = "--algo ppo --steps 1 --reward verifier --max-new-tokens 4 --batch-size 8 --device cpu"
+    flags += f" --init {tmp_path}/small.bin --demos {tmp_path}/demos.jsonl --out {tmp_path}/out"
+    assert train.main(flags.split()) == 0
+    assert [p.name[:3] for p in (tmp_path / "out" / "stages").iterdir()] == ["sft"]
+    policy, = (tmp_path / "out").glob("*/policy.pt")
+    moved = torch.load(policy)["h.0.mlp.c_fc.weight"].T - given["transformer.h.0.mlp.c_fc.weight"]
+    assert 0 < moved.abs().max() < 5e-3
+
+
+# ===== Figures: what in them can be wrong =====
+def near(a, b, tolerance=1e-9):
+    assert np.allclose(a, b, rtol=0, atol=tolerance), (a, b)
+
+
+def test_the_tables_of_the_figures_are_their_csv_files():
+    """figures/README.md: every table is made from the committed CSV; what it links to exists."""
+    text = (TOP / "figures" / "README.md").read_text(encoding="utf-8")
+    tables = {"gridworld": gridworld.table, "entropy_sgd": entropy_sgd.table, "kl": kl.markdown,
+              "reuse": reuse.markdown, "break_it": break_it.markdown,
+              "hacking_fits": hacking.markdown, "variance": variance.table,
+              "variance_language": variance_language.table}
+    for name, table in tables.items():
+        assert "\n".join(table(runs.read(name))) in text, name
+    assert all((TOP / "figures" / x).exists() for x in re.findall(r"\]\((\w+\.\w+)\)", text))
+
+
+def test_only_a_wrong_V_and_a_missing_gamma_to_the_t_bias_the_gradient_in_the_committed_table():
+    """variance.csv: the mean of every other weight is as far from grad J as chance allows."""
+    for row in runs.read("variance"):
+        unbiased = row["V"] != "off by 10" or row["weight"] in (
+            "baseline", "GAE 1.0", "16-step", "8-step")
+        unbiased = unbiased and "no gamma" not in row["weight"]
+        assert (float(row["bias"]) < 1.5 * float(row["noise"])) == unbiased, row
+
+
+def test_the_weights_that_are_compared_meet_where_they_must():
+    """1 step is lambda 0; more steps than there are, lambda 1 and the baseline are the same."""
+    dice = torch.Generator().manual_seed(0)
+    rewards, V = (torch.randn(3, 7, generator=dice, dtype=torch.float64) for _ in range(2))
+    told = variance.weights(rewards, V, torch.arange(7) < torch.tensor([[7], [3], [1]]), 0.9)
+    told["with gamma^t"] = told["GAE 1.0, no gamma^t"] * 0.9 ** torch.arange(7)
+    for one, other in (("1-step", "GAE 0.0"), ("8-step", "baseline"), ("GAE 1.0", "baseline"),
+                       ("with gamma^t", "baseline")):
+        near(told[one], told[other])
+    near(told["return"][:, 0], told["reward-to-go"][:, 0])
+    near(told["reward-to-go"][0, 6], 0.9 ** 6 * rewards[0, 6], 1e-6)
+
+
+def test_the_variance_that_is_measured_is_that_of_all_actions():
+    """variance_language.py, from samples, against a bandit of three actions, enumerated."""
+    policy, n, batches = torch.nn.Module(), 16, 400
+    policy.theta = torch.nn.Parameter(torch.tensor([0.3, -0.5, 0.1]))
+    reward, pi = torch.tensor([1.0, 4.0, 2.0]), policy.theta.detach().softmax(0)  # (3,) each
+    dice = torch.Generator().manual_seed(0)
+
+    def sample(policy, n, group, step):
+        actions = torch.multinomial(pi, n, True, generator=dice)[:, None]
+        return {"actions": actions, "mask": torch.ones(n, 1), "rewards": reward[actions]}, {}
+
+    world = SimpleNamespace(sample=sample, logits_and_values=lambda policy, batch: (
+        policy.theta.expand(n, 1, 3), None))
+    names = {("", "return"): 0.0, ("", "baseline"): 2.0}
+    found = variance_language.measure(world, policy, lambda batch: {
+        name: batch["rewards"] - b for name, b in names.items()}, batches, n)
+    score = torch.eye(3) - pi                                           # (3, W): grad log pi(a)
+    J = pi @ (score * reward[:, None])
+    for name, b in names.items():
+        mean, squares, apart = found[name]
+        exact = (pi @ (score * (reward - b)[:, None]).square().sum(1) - J.square().sum()).item()
+        near(variance_language.variance(mean, squares, n) / exact, 1, 0.15)
+        assert (mean - J).norm() < 2 * math.sqrt(exact / (batches * n))
+    between = (pi @ (2.0 * score).square().sum(1)).item()
+    near(variance_language.variance(mean - found["", "return"][0], apart, n) / between, 1, 0.15)
+
+
+def test_what_the_picture_of_credit_says_of_a_token_is_read_off_without_padding():
+    """credit.py on two answers of different length, each token read alone here."""
+    torch.manual_seed(0)
+    words = tokenizers.Tokenizer({bytes([i]): i for i in range(256)})
+    models = [GPT(GPTConfig(words.vocab_size, 32, 2, 2, 16)) for _ in range(4)]
+    for p in (p for model in models for p in model.parameters()):
+        p.data += 0.2 * torch.randn_like(p)
+    policy, reference, critic, judge = models
+    chat = SimpleNamespace(tokenizer=words, temperature=0.7, reward_model=RewardModel(judge))
+    chat.logits_and_values = partial(Chat.logits_and_values, chat)
+    args, answers = SimpleNamespace(beta=0.3, gamma=1.0, lam=0.9), ["Shanghai", "No"]
+    told = credit.credit(chat, policy, reference, critic, "Where?", answers, args)
+    for answer, rows in zip(answers, told):
+        given, said = words.prompt("Where?"), words.answer(answer)
+        text = torch.tensor([given + said])
+        score, value, after = chat.reward_model(text, torch.ones_like(text)).item(), 0, 0
+        assert "".join(row["token"] for row in rows) == f" {answer}<|end|>"
+        for t, row in reversed(list(enumerate(rows))):
+            here = text[:, :len(given) + t]
+            logp, logp_ref = (torch.log_softmax(x.logits(x(here))[0, -1] / 0.7, 0)[said[t]].item()
+                              for x in (policy, reference))
+            before = critic.value(critic(here))[0, -1].item()
+            reward = score * (t == len(said) - 1) - 0.3 * (logp - logp_ref)
+            delta = reward + value - before
+            value, after = before, delta + 0.9 * after
+            near(list(row.values())[1:],
+                 [logp, logp - logp_ref, reward, value, delta, after], 1e-4)
+
+
+def test_overoptimisation_fits_recover_known_curves_up_to_d_3():
+    """Gao et al. 2022: alpha, beta of curves made with them; beyond d = 3 nothing is fitted."""
+    rows = []
+    for name in (hacking.BON, *hacking.SETTINGS):
+        for step, d in enumerate((0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)):
+            gain = d * (1 - 0.3 * (d if name == hacking.BON else math.log(d))) if d <= 3 else -9.0
+            rows.append({"setting": name, "seed": 1, "step": step, "d": d, "proxy": 0.0,
+                         "gold": gain, "gain": gain})
+    for name, *numbers in (row.values() for row in hacking.fits(rows)):
+        peak = max(row["gold"] for row in rows if row["setting"] == name)
+        near(numbers, [1, 0.3, 1, peak, -9, 6], 1e-6)
+
+
+def test_best_of_n_is_the_mean_over_all_draws():
+    """Of every n of N answers the one that `by` puts first; n = 1 is the policy itself."""
+    by, value = np.random.default_rng(0).normal(size=(2, 4, 7))
+    for n in range(1, 8):
+        draws = [value[row, max(drawn, key=lambda i: by[row, i])]
+                 for row in range(4) for drawn in itertools.combinations(range(7), n)]
+        near(hacking.best_of(n, by, value), statistics.mean(draws))
+
+
+def test_means_over_seeds_with_one_that_diverged_and_one_that_never_arrived_by_hand():
+    """reuse.py, kl.py: 0.5, 0.7 and a run that diverged are 60 (50 – 70), and one of three."""
+    rows = [{"algo": "ppo", "epochs": "4", "setting": "reward", "diverged": str(int(x == ""))}
+            | dict.fromkeys([*reuse.COLUMNS, *kl.COLUMNS], x) for x in ("0.5", "0.7", "")]
+    told = "\n".join(reuse.markdown(rows) + kl.markdown(rows))
+    assert "| 4 | clipped ratio | 1 of 3 | 60.0 (50.0 – 70.0) | 600.0 (500.0 – 700.0) |" in told
+    assert "| reward | 1 of 3 | 0.6 (0.5 – 0.7) | 60 (50 – 70) | 60 (50 – 70) | 0.60 (" in told
+    near(runs.smooth([6.0, 0, 0, 0, 0, 6]), [6, 3, 2, 1.5, 1.2, 1.2])
+    cats = [{"algo": "ppo", "moves": moves} for moves in ("300", "", "100", "900")]
+    assert gridworld.table(cats)[2:] == ["| ppo | 3 of 4 | 300 | 100 – 900 |"]
+    for greedy, there in (([1.0] * 4, 0), ([0.5] + [0.99] * 5, 1), ([1.0] * 4 + [0.98], 0)):
+        assert gridworld.good([{"greedy": x} for x in greedy]) == there
+
+
+def test_what_the_uses_of_rl_learn_from_differs_only_in_what_they_are_about():
+    """uses.py: pairs with and without the idiom; each step of a working adds two digits."""
+    demos, pairs, both = uses.style_files(random.Random(0), World(0))
+    assert all(x["chosen"] == x["rejected"].rstrip(".") + ", my friend." for x in pairs)
+    idiom = [tuple(x[side].endswith(", my friend.") for side in ("chosen", "rejected"))
+             for x in both]
+    assert [idiom.count(x) for x in ((1, 0), (1, 1), (0, 0))] == [4000, 6000, 6000]
+    near(statistics.mean(x["response"].endswith(" my friend.") for x in demos), 0.05, 0.01)
+    demos, prompts = uses.sum_files(random.Random(0))
+    near(statistics.mean("=" in x["response"] for x in demos), 0.5, 0.05)
+    for prompt, response in (x.values() for x in demos):
+        total = sum(map(int, re.findall(r"\d+", prompt)))
+        for a, b, c in re.findall(r"(\d+)\+(\d+)=(\d+)", response):
+            assert len(a) == len(b) == 1 and int(a) + int(b) == int(c)
+        said = [response, f"It is {total + 1}.", f"{total}=3+{total - 1}.", f"1{total}", "..."]
+        assert uses.verifier([prompt] * 5, said) == [1, 0, 0, 0, 0]
+    # 9 * 9 sums of two; 36 pairs and 84 triples of digits make at most 9, each with 9 last digits
+    assert len({x["prompt"] for x in prompts}) == len(prompts) == 81 + 36 * 9 + 84 * 9
+
+
+def test_every_exercise_fits_the_code_as_it_is_and_was_seen_red():
+    """break_it.py: each line stands in its file exactly once; each mistake has its proof."""
+    rows = runs.read("break_it")
+    proofs = re.findall(r"^def (test_\w+)", (TOP / "test_all.py").read_text(), re.MULTILINE)
+    assert len(rows) == len(break_it.EXERCISES) >= 30
+    for row, x in zip(rows, break_it.EXERCISES):
+        assert (TOP / x.file).read_text().count(x.line) == 1 and x.line != x.mistake, x
+        assert [row[k] for k in ("file", "mistake", "keyword", "curve")] == [
+            x.file, x.words, x.keyword, x.curve]
+        assert row["red"] and set(row["red"].split("; ")) <= set(proofs), row
+
+
+def test_an_exercise_turns_its_proof_red_and_a_wrong_number_gets_status_2(capsys):
+    """break_it.py: the command finds what its table says; a number that is none gets a line."""
+    assert break_it.main(["0"]) == break_it.main(["x"]) == break_it.main(["1", "2"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 3
+    mistake = break_it.EXERCISES[0]
+    assert break_it.break_it(mistake) == ["test_the_return_leaves_the_first_reward_undiscounted"]
+    with pytest.raises(ValueError):
+        break_it.break_it(mistake._replace(line="no such line"))
 
 
 # ===== The house =====
@@ -2218,7 +2604,7 @@ def test_a_projector_shows_every_line_and_every_function():
     """100 columns, 40 lines."""
     for path in sources("", "chat", "lab", "figures"):
         text = path.read_text(encoding="utf-8")
-        assert max(map(len, text.split("\n"))) <= 100 or path.name == "test_all.py", path
+        assert max(map(len, text.split("\n"))) <= 100, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef) and path.parent == TOP and "test" not in path.name:
                 assert node.end_lineno - node.lineno < 40, (path, node.name)
@@ -2231,7 +2617,8 @@ README = "".join((TOP / name).read_text(encoding="utf-8") for name in (
 def test_every_slide_and_function_of_the_readmes_table_is_where_it_says():
     """Each function exists, each slide's title stands in a file that its row names."""
     modules = {p.stem: p for p in sources("lab", "chat", "")}
-    rows = re.findall(r"^\| ([^|]+) \| (.*`\w+\.\w.*) \| .* \|$", README.split("## Every step")[0], re.M)
+    first = README.split("## Every step")[0]
+    rows = re.findall(r"^\| ([^|]+) \| (.*`\w+\.\w.*) \| .* \|$", first, re.M)
     for titles, cell in rows:
         named = [x for x in re.findall(r"`(\w+)\.([\w.]+)", cell) if x[0] in modules]
         for module, function in named:
@@ -2244,9 +2631,41 @@ def test_every_slide_and_function_of_the_readmes_table_is_where_it_says():
     assert len(rows) > 18
 
 
+def test_every_proof_that_the_readmes_name_exists():
+    """Each `-k X` selects a test."""
+    tests = re.findall(r"^def (test_\w+)", (TOP / "test_all.py").read_text(), re.M)
+    expressions = re.findall(r'-k (?:"([^"]+)"|(\w+))', README)
+    assert len(expressions) > 20
+    words = set(re.findall(r"\w+", " ".join(map("".join, expressions))))
+    for word in words - {"X", "or", "and", "not"}:
+        assert any(word.lower() in name.lower() for name in tests), word
+
+
+def test_every_command_of_the_readmes_is_understood(tmp_path, monkeypatch):
+    """Flags parse, scripts and modules are there, and the tests are run as CI does."""
+    commands = re.findall(r"(?:^|[`/ ])python (.*?)(?:`|  | #|;|$)", README, re.M)
+    short = re.findall(r"`(--(?:algo|env|reward|labeller) [^`X]+)`", README)
+    commands += [f"train.py {x}" for x in short]
+    for command in commands:
+        script, *argv = shlex.split(command)
+        if script == "train.py":
+            argv = [] if argv == ["--help"] else argv
+            flags.parse(argv, train.FLAGS, LADDER, BEYOND, train.complete, train.check)
+        elif script == "-m":
+            path = TOP / argv[0].replace(".", "/")
+            assert argv[0] in ("pip", "pytest", "venv") or path.with_suffix(".py").exists(), command
+        else:
+            assert (TOP / script).exists(), command
+    assert len(commands) > 15
+    assert "python -m pytest -q test_all.py" in README
+    assert (TOP / ".ci/run").read_text().endswith("python -m pytest -q test_all.py\n")
+
+
 @pytest.mark.parametrize("file, says", [
-    ("gae.py", "1.746 = 1.400 + 0.9 * 0.8 * 0.481"), ("ppo.py", " 1.21       1.20    0.00      -1.21   -1.21"),
-    ("gpt.py", "it says: A policy is a language model that is paid"), ("reward.py", "Where is Shanghai?"),
+    ("gae.py", "1.746 = 1.400 + 0.9 * 0.8 * 0.481"),
+    ("ppo.py", " 1.21       1.20    0.00      -1.21   -1.21"),
+    ("gpt.py", "it says: A policy is a language model that is paid"),
+    ("reward.py", "Where is Shanghai?"),
     ("gridworld.py", "a cat that moves at random gets"), ("chat/world.py", "Where is ")])
 def test_the_worked_example_of_each_file_runs(file, says, capsys):
     runpy.run_path(str(TOP / file), run_name="__main__")

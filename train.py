@@ -22,6 +22,7 @@ import copy
 import math
 import re
 import sys
+import zlib
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -172,7 +173,7 @@ def make_optimizer(policy, args):
     """Adam, or plain SGD; the value head learns at a rate of its own, as it starts from nothing."""
     head = [p for name, p in policy.named_parameters() if name.startswith("value")]
     body = [p for name, p in policy.named_parameters() if not name.startswith("value")]
-    groups = [{"params": body, "lr": args.lr}, {"params": head, "lr": args.value_lr}]
+    groups = [{"params": body}, {"params": head}]  # `anneal` sets their rates
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups)
     return torch.optim.Adam(groups, eps=1e-5, fused=True)
@@ -191,7 +192,8 @@ def summarise(batch, watched, step, beta, args):
              if not torch.isfinite(batch[name][mask]).all()]
     if wrong or not torch.isfinite(norms).all():
         reward, weight = (batch[name][mask].abs().max() for name in ("rewards", "weight"))
-        what = wrong[0] if wrong else "gradient"
+        update = int(torch.isfinite(norms).long().cumprod(0).sum())  # the first that went wrong
+        what = wrong[0] if wrong else f"gradient of update {update}"
         raise FloatingPointError(f"batch {step}: no finite numbers in the {what}; the largest "
                                  f"reward is {reward:.2g}, the largest weight {weight:.2g}")
     explained = math.nan
@@ -283,8 +285,10 @@ def complete(args, given):
     args.bf16 = args.env == "language" and bool(args.init) and args.device == "cuda"
     special = {k: v for k, v in given.items()
                if k not in ("algo", "env", "seed", "seeds", "device", "out", "ask")}
-    name = "".join(f"-{k}_{v}" for k, v in special.items())
-    name = re.sub(r"[^\w.-]+", "_", f"{args.env}-{args.algo}{name}")[:150]
+    name = "".join(f"-{k}_{v}" for k, v in sorted(special.items()))
+    name = re.sub(r"[^\w.-]+", "_", f"{args.env}-{args.algo}{name}")
+    if len(name) > 150:  # as long as a file system likes
+        name = f"{name[:140]}-{zlib.crc32(name.encode()):x}"
     args.folder = args.out / f"{name}-{args.seed}"
 
 
@@ -311,6 +315,8 @@ def check(args):
     elif args.env == "language" and args.reward not in ("model", "verifier") \
             and ".py:" not in args.reward:
         problem = f"--reward is model, verifier or FILE.py:FUNCTION, not {args.reward}"
+    elif args.env == "gridworld" and args.gamma > 0.9999:
+        problem = "--gamma must be at most 0.9999 here: a cat in circles has no value otherwise"
     elif not torch.get_device_module(args.device).is_available():
         problem = f"--device {args.device}: there is none here"
     return problem, {name for name, use in used.items() if not use}

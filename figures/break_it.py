@@ -133,7 +133,7 @@ EXERCISES = [
              "the pad is the end", "the_end", "the loss falls as ever; answers never stop"),
     Exercise("gpt.py", "mask = torch.cat((mask, alive[:, None]), 1)",
              "mask = torch.cat((mask, (alive & (action[:, 0] != end))[:, None]), 1)",
-             "the sampled answer's mask leaves out its end", "masked_in or sampled_log_probs",
+             "the sampled answer's mask leaves out its end", "masked_in",
              "rises; the length is what the SFT made it, since stopping earns nothing"),
     Exercise("gpt.py", "positions = (mask.long().cumsum(1) - 1).clamp(min=0) ",
              "positions = torch.arange(T, device=tokens.device).expand(B, T) ",

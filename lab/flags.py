@@ -9,6 +9,7 @@ def number(kind, low, high):
         if not low <= x <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
         return x
+    read.__name__ = kind.__name__  # argparse: "invalid float value"
     return read
 
 
@@ -41,8 +42,9 @@ def parse(argv, table, ladder, beyond, complete, check, description="See README.
     env = given.get("env", "language")
     defaults = {name.replace("-", "_"): row[1 if env == "language" else 2]
                 for rows in table.values() for name, row in rows.items()}
+    defaults = {name: x for name, x in defaults.items() if x is not ...}  # the flags of this world
     for name in given:
-        if defaults[name] is ...:
+        if name not in defaults:
             p.error(f"--{name.replace('_', '-')} does nothing with --env {env}")
     algos = given.get("algo", "reinforce")
     first = given.get("seed", 0)

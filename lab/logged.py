@@ -92,8 +92,11 @@ def run(loop, world, start, args):
     try:
         loop(world, policy, args, report, resume)
     except FloatingPointError as e:
-        after = f"; {len(rows)} batches were done at learning rate {args.lr}" if rows else ""
-        raise FloatingPointError(f"{e}{after}") from None
+        given = (args.beta, args.vf_coef, args.entropy_coef, getattr(args, "reward_noise", 0.0))
+        earned = (abs(row["reward"]) for row in rows)
+        to_blame = rows and max(*given, *earned) < 1e6  # else they made it, or no update has
+        why = f"; likely the learning rate {args.lr} is too high" if to_blame else ""
+        raise FloatingPointError(f"{e}{why}") from None
     finally:
         if rows:
             write_csv(folder / "metrics.csv", rows)
