@@ -47,8 +47,8 @@ from chat import gpt2, report, stages
 from chat import tokenizer as tokenizers
 from chat.env import Chat, question_and_answer
 from chat.world import ERRORS, KINDS, QUESTIONS, VERDICTS, World
-from figures import (break_it, credit, entropy_sgd, gridworld, hacking, kl, reuse, runs, uses,
-                     variance, variance_language)
+from figures import (break_it, credit, entropy_sgd, gridworld, hacking, kl, runs, uses, variance,
+                     variance_language)
 from gae import (baseline_advantage, discounted_return, gae, grpo_advantage, n_step_advantage,
                  reward_to_go, rloo_advantage, td_error)
 from gpt import GPT, GPTConfig, fit, generate, language_model_loss
@@ -1924,7 +1924,7 @@ CAT = "--env gridworld --algo ppo-adaptive-kl --steps 12 --batch-size 8 --limit 
 
 def parsed(*argv):
     """The flags of one run, as train.main reads them."""
-    args, = flags.parse(argv, train.FLAGS, LADDER, BEYOND, train.complete, train.check)
+    args, = flags.parse(argv, train.FLAGS, LADDER, BEYOND)
     return args
 
 
@@ -2400,8 +2400,8 @@ def test_the_tables_of_the_figures_are_their_csv_files():
     """figures/README.md: every table is made from the committed CSV; what it links to exists."""
     text = (TOP / "figures" / "README.md").read_text(encoding="utf-8")
     tables = {"gridworld": gridworld.table, "entropy_sgd": entropy_sgd.table, "kl": kl.markdown,
-              "reuse": reuse.markdown, "break_it": break_it.markdown,
-              "hacking_fits": hacking.markdown, "variance": variance.table,
+              "break_it": break_it.markdown, "hacking_fits": hacking.markdown,
+              "variance": variance.table,
               "variance_language": variance_language.table}
     for name, table in tables.items():
         assert "\n".join(table(runs.read(name))) in text, name
@@ -2509,11 +2509,10 @@ def test_best_of_n_is_the_mean_over_all_draws():
 
 
 def test_means_over_seeds_with_one_that_diverged_and_one_that_never_arrived_by_hand():
-    """reuse.py, kl.py: 0.5, 0.7 and a run that diverged are 60 (50 – 70), and one of three."""
-    rows = [{"algo": "ppo", "epochs": "4", "setting": "reward", "diverged": str(int(x == ""))}
-            | dict.fromkeys([*reuse.COLUMNS, *kl.COLUMNS], x) for x in ("0.5", "0.7", "")]
-    told = "\n".join(reuse.markdown(rows) + kl.markdown(rows))
-    assert "| 4 | clipped ratio | 1 of 3 | 60.0 (50.0 – 70.0) | 600.0 (500.0 – 700.0) |" in told
+    """kl.py: 0.5, 0.7 and a run that diverged are 60 (50 – 70), and one of three."""
+    rows = [{"setting": "reward", "diverged": str(int(x == ""))} | dict.fromkeys(kl.COLUMNS, x)
+            for x in ("0.5", "0.7", "")]
+    told = "\n".join(kl.markdown(rows))
     assert "| reward | 1 of 3 | 0.6 (0.5 – 0.7) | 60 (50 – 70) | 60 (50 – 70) | 0.60 (" in told
     near(runs.smooth([6.0, 0, 0, 0, 0, 6]), [6, 3, 2, 1.5, 1.2, 1.2])
     cats = [{"algo": "ppo", "moves": moves} for moves in ("300", "", "100", "900")]
@@ -2651,7 +2650,7 @@ def test_every_command_of_the_readmes_is_understood(tmp_path, monkeypatch):
         script, *argv = shlex.split(command)
         if script == "train.py":
             argv = [] if argv == ["--help"] else argv
-            flags.parse(argv, train.FLAGS, LADDER, BEYOND, train.complete, train.check)
+            flags.parse(argv, train.FLAGS, LADDER, BEYOND)
         elif script == "-m":
             path = TOP / argv[0].replace(".", "/")
             assert argv[0] in ("pip", "pytest", "venv") or path.with_suffix(".py").exists(), command

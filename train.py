@@ -20,9 +20,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait sleep: a bu
 import argparse
 import copy
 import math
-import re
 import sys
-import zlib
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -273,55 +271,6 @@ FLAGS = {  # type or choices, default on language, in the grid (...: there is no
 }
 
 
-def complete(args, given):
-    """Fill in what depends on other flags, and the folder, named by all that was asked for."""
-    if args.epochs == 1 and "minibatches" not in given:
-        args.minibatches = 1
-    if args.env == "language" and args.init:  # what has learned a lot moves in small steps
-        args.lr = given.get("lr", args.lr / 10)
-        args.max_new_tokens = given.get("max_new_tokens", 64)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.bf16 = args.env == "language" and bool(args.init) and args.device == "cuda"
-    special = {k: v for k, v in given.items()
-               if k not in ("algo", "env", "seed", "seeds", "device", "out", "ask")}
-    name = "".join(f"-{k}_{v}" for k, v in sorted(special.items()))
-    name = re.sub(r"[^\w.-]+", "_", f"{args.env}-{args.algo}{name}")
-    if len(name) > 150:  # as long as a file system likes
-        name = f"{name[:140]}-{zlib.crc32(name.encode()):x}"
-    args.folder = args.out / f"{name}-{args.seed}"
-
-
-def check(args):
-    """What is wrong with the flags, a line or None; and the names of those that do nothing."""
-    uses_V, own = args.weight in ("baseline", "gae"), getattr(args, "prompts", None)
-    used = {"lam": args.weight == "gae", "vf_coef": uses_V, "value_lr": uses_V,
-            "clip": args.loss == "clipped", "beta": args.kl != "none",
-            "kl_target": args.kl != "none"}
-    if args.env == "language":
-        model = args.reward == "model"
-        used |= {"reward_mean": model, "reward_pairs": model and not args.pairs, "pairs": model,
-                 "reward_refresh": model and not (args.pairs or own)}
-    problem = None
-    if args.batch_size % args.group or args.batch_size < args.minibatches:
-        problem = (f"--batch-size {args.batch_size} must be a multiple of --group {args.group} "
-                   f"and at least --minibatches {args.minibatches}")
-    elif args.weight in ("rloo", "grpo") and args.group < 2:
-        problem = f"--weight {args.weight} compares the answers to a prompt: --group 2 or more"
-    elif args.kl_target and args.beta == 0:
-        problem = "--beta 0 cannot be steered to a --kl-target: it is multiplied"
-    elif args.env == "language" and args.reward == "verifier" and own:
-        problem = "--reward verifier: nobody knows the right answers to --prompts of your own"
-    elif args.env == "language" and args.reward not in ("model", "verifier") \
-            and ".py:" not in args.reward:
-        problem = f"--reward is model, verifier or FILE.py:FUNCTION, not {args.reward}"
-    elif args.env == "gridworld" and args.gamma > 0.9999:
-        problem = "--gamma must be at most 0.9999 here: a cat in circles has no value otherwise"
-    elif not torch.get_device_module(args.device).is_available():
-        problem = f"--device {args.device}: there is none here"
-    return problem, {name for name, use in used.items() if not use}
-
-
 def run(args):
     """One algorithm from start to end; what it leaves is in args.folder."""
     if args.env == "gridworld":
@@ -347,7 +296,7 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # whatever is printed can be printed anywhere
             stream.reconfigure(errors="backslashreplace")
-    runs = flags.parse(argv, FLAGS, LADDER, BEYOND, complete, check)
+    runs = flags.parse(argv, FLAGS, LADDER, BEYOND)
     try:
         if len(runs) > 1:
             compare.side_by_side(run, runs)

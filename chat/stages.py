@@ -147,12 +147,8 @@ class Cache:
 
 def prepare(args):
     """The stages in their order. Returns the Chat for RL and the SFT policy that it begins with."""
-    world = World(args.seed, args.labeller)
-    torch.manual_seed(args.seed)
-    tokenizer, model = gpt2.load(args.init) if args.init else (tokenizers.load(), None)
-    model = model or GPT(GPTConfig(tokenizer.vocab_size, CONTEXT, n_layer=2))
-    model.to(args.device).config.bf16 = args.bf16
-    limit = args.max_new_tokens
+    world, limit = World(args.seed, args.labeller), args.max_new_tokens
+    tokenizer, model = untrained(args)
     room = model.config.n_positions - limit - 2  # for a question between its two turn tokens
     if room < 1:
         raise DataError(f"--max-new-tokens {limit} leaves no room for a question")
@@ -184,9 +180,25 @@ def prepare(args):
     else:
         model.load_state_dict(cache.run("pretraining", pretrained))
     model.load_state_dict(cache.run("sft", sft, demos))
-    judge, retrain = None, None
-    if args.reward == "model":
-        judge, retrain = reward_model(model, tokenizer, world, pairs, pace, cache, args)
+    learned = args.reward == "model" and reward_model(model, tokenizer, world, pairs, pace, cache,
+                                                      args)
+    chat = environment(model, tokenizer, world, prompts, learned, cache, args)
+    chat.held_out_text = held_out_lines[:100 if args.init else None]
+    return chat, model
+
+
+def untrained(args):
+    """A tokenizer and a model on its device: GPT-2's, or our own, which knows nothing yet."""
+    torch.manual_seed(args.seed)
+    tokenizer, model = gpt2.load(args.init) if args.init else (tokenizers.load(), None)
+    model = model or GPT(GPTConfig(tokenizer.vocab_size, CONTEXT, n_layer=2))
+    model.to(args.device).config.bf16 = args.bf16
+    return tokenizer, model
+
+
+def environment(model, tokenizer, world, prompts, learned, cache, args):
+    """The Chat that RL samples from; scores get their scale and V its start, `model` is SFT's."""
+    judge, retrain = learned or (None, None)
     reward = args.reward if args.reward in ("model", "verifier") else own.own_reward(args.reward)
     asked = own.Prompts([row["prompt"] for row in prompts], args.seed) if prompts else world
     chat = Chat(asked, tokenizer, reward, judge, args)
@@ -202,29 +214,31 @@ def prepare(args):
     model.value_head.bias.data.fill_(mean)
     own_file = Path(args.reward.rpartition(":")[0])
     cache.depend(prompts, own_file if callable(reward) else args.reward)
-    chat.data, chat.held_out_text = cache.key, held_out_lines[:100 if args.init else None]
-    return chat, model
+    chat.data = cache.key
+    return chat
+
+
+def comparisons(world, pairs, args):
+    """Pairs to learn from and, by split, pairs to test on: the labeller's, or one's own."""
+    if pairs is None:
+        tests = {split: world.preference_pairs(2000, split, errors=0.0, seed=1)
+                 for split in ("train", "held_out")}
+        return world.preference_pairs(16_000)[:args.reward_pairs], tests
+    sides = {split: [row for row in pairs if own.held_out(row["prompt"]) == (split != "train")]
+             for split in ("train", "held_out")}
+    return sides["train"], {"train": sides["train"][:2000], "held_out": sides["held_out"]}
 
 
 def reward_model(model, tokenizer, world, pairs, pace, cache, args):
     """The reward model, begun as the SFT policy; and retrain(fresh pairs, rng, reference)."""
     judge = RewardModel(copy.deepcopy(model))
     limit, lr = args.max_new_tokens, 7e-4 * pace
+    learned, tests = comparisons(world, pairs, args)
 
     def pad_rows(rows):
         return tokenizer.pad_rows(rows, "right", args.device)
 
-    def comparisons():
-        if pairs is None:
-            tests = {split: world.preference_pairs(2000, split, errors=0.0, seed=1)
-                     for split in ("train", "held_out")}
-            return world.preference_pairs(16_000)[:args.reward_pairs], tests
-        sides = {split: [row for row in pairs if own.held_out(row["prompt"]) == (split != "train")]
-                 for split in ("train", "held_out")}
-        return sides["train"], {"train": sides["train"][:2000], "held_out": sides["held_out"]}
-
     def make():
-        learned, tests = comparisons()
         chosen, rejected, _ = pair_rows(learned, tokenizer, limit)
         print(f"  {len(learned)} pairs to learn from, {len(learned) - len(chosen)} dropped: equal "
               f"once they are cut; {len(tests['held_out'])} held out")
@@ -237,8 +251,7 @@ def reward_model(model, tokenizer, world, pairs, pace, cache, args):
 
     def retrain(fresh, rng, reference):
         """As many old pairs keep it from forgetting; its scale is that of the same answers."""
-        judged, _ = comparisons()
-        mixed = fresh + rng.sample(judged, min(len(fresh), len(judged)))
+        mixed = fresh + rng.sample(learned, min(len(fresh), len(learned)))
         rng.shuffle(mixed)
         chosen, rejected, _ = pair_rows(mixed, tokenizer, limit)
         judge.requires_grad_(True)

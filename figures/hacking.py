@@ -22,11 +22,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from chat import stages
-from figures.runs import (BLACK, BLUE, FIRST_DRAFT, GREEN, HERE, ORANGE, RED, SKY, metrics, parse,
-                          plain, smooth, train_all)
+from figures.runs import (BLACK, BLUE, GREEN, HERE, ORANGE, RED, SKY, metrics, parse, plain, smooth,
+                          train_all)
 from lab.files import write_csv
 
-RL = f"--algo gae --lr 6e-4 --steps 80 {FIRST_DRAFT}"  # on-policy, and fast enough to go too far
+RL = "--algo gae --lr 6e-4 --steps 80 --max-grad-norm 1"  # on-policy, fast enough to go too far
 FEW = "--reward-pairs 1000"
 SETTINGS = {  # name: flags, color
     "1,000 pairs": (FEW, BLACK),

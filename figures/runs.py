@@ -16,14 +16,11 @@ HERE = Path(__file__).parent
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK, GREY = COLORS = [
     "#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7",
     "#999999"]
-# what was no flag when the language figures were measured
-FIRST_DRAFT = "--max-grad-norm 1 --reward-mean 0"
 
 
 def parse(text):
     """The flags of one run, as train.py reads them."""
-    args, = flags.parse(text.split(), train.FLAGS, train.LADDER, train.BEYOND, train.complete,
-                        train.check)
+    args, = flags.parse(text.split(), train.FLAGS, train.LADDER, train.BEYOND)
     return args
 
 

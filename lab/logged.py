@@ -27,12 +27,12 @@ FILES = ("config.json", "checkpoint.pt", "metrics.csv", "policy.pt", "samples.tx
 SAVE_EVERY = 10  # seconds, at least, between two checkpoints
 
 
-def configuration(args, data):
+def configuration(args, world):
     """What makes a run what it is: flags, code of the loop, and what its data were made from."""
     top = Path(__file__).parent.parent
     code = hashlib.sha256(b"".join((top / name).read_bytes() for name in CODE)).hexdigest()[:12]
     flags = {k: str(v) for k, v in vars(args).items() if k not in ("out", "folder", "ask", "seeds")}
-    return flags | {"code": code, "data": data}
+    return flags | {"code": code, "data": getattr(world, "data", "")}
 
 
 def unfinished(path, config):
@@ -44,64 +44,74 @@ def unfinished(path, config):
     return saved if saved["config"] == config else None
 
 
+class Record:
+    """What is kept of a run: a row for each batch, and the checkpoint that it goes on from."""
+
+    def __init__(self, world, policy, args):
+        self.world, self.policy, self.args = world, policy, args
+        self.path, self.config = args.folder / "checkpoint.pt", configuration(args, world)
+        self.saved = unfinished(self.path, self.config)
+        self.rows = self.saved["rows"] if self.saved else []
+        if not self.saved:
+            for name in FILES:  # another run's results are not to be found among this one's
+                (args.folder / name).unlink(missing_ok=True)
+            write_text(args.folder / "config.json", json.dumps(self.config, indent=1))
+        elif self.saved["step"] < args.steps:
+            print(f"going on in {args.folder} after {self.saved['step']} of {args.steps} batches")
+        self.begun = time.time() - (self.rows[-1]["seconds"] if self.rows else 0)
+        self.due = time.time() + SAVE_EVERY
+
+    def resume(self, policy, optimizer):
+        """The step and the beta to go on with; the rest is put back where it was."""
+        if not self.saved:
+            return 0, self.args.beta
+        policy.load_state_dict(self.saved["policy"])
+        optimizer.load_state_dict(self.saved["optimizer"])
+        if self.world.reward_model:
+            self.world.reward_model.load_state_dict(self.saved["reward_model"])
+        return self.saved["step"], self.saved["beta"]
+
+    def report(self, step, metrics, optimizer, beta):
+        """After each batch: a row; now and then a line of the log; seldom a checkpoint."""
+        done, steps, seconds = step + 1, self.args.steps, time.time() - self.begun
+        row = {"step": step, "samples": done * self.args.batch_size, **metrics, "seconds": seconds}
+        self.rows.append({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
+        if step % max(1, steps // 12) == 0 or done == steps:
+            line = (f"{row[name]:>{width}{form}}" for name, (width, form, _) in COLUMNS.items())
+            print(" ".join(line) + f"{seconds / done * (steps - done):13.0f}", flush=True)
+        if time.time() > self.due or done == steps:
+            judge = self.world.reward_model and self.world.reward_model.state_dict()
+            save(self.path, {"config": self.config, "step": done, "beta": beta, "rows": self.rows,
+                             "policy": self.policy.state_dict(), "reward_model": judge,
+                             "optimizer": optimizer.state_dict()})
+            self.due = time.time() + SAVE_EVERY
+
+
 def run(loop, world, start, args):
     """loop(world, policy, args, report, resume) with everything around it. Returns the policy.
 
     `start` is where the policy begins and stays as it is."""
     policy = copy.deepcopy(start).requires_grad_()
-    folder, config = args.folder, configuration(args, getattr(world, "data", ""))
-    path = folder / "checkpoint.pt"
-    saved = unfinished(path, config)
-    rows = saved["rows"] if saved else []
-    if not saved:
-        for name in FILES:  # another run's results are not to be found among this one's
-            (folder / name).unlink(missing_ok=True)
-        write_text(folder / "config.json", json.dumps(config, indent=1))
-    elif saved["step"] < args.steps:
-        print(f"going on in {folder} after {saved['step']} of {args.steps} batches")
-    begun = time.time() - (rows[-1]["seconds"] if rows else 0)
-    due = time.time() + SAVE_EVERY
-
-    def resume(policy, optimizer):
-        if not saved:
-            return 0, args.beta
-        policy.load_state_dict(saved["policy"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if world.reward_model:
-            world.reward_model.load_state_dict(saved["reward_model"])
-        return saved["step"], saved["beta"]
-
-    def report(step, metrics, optimizer, beta):
-        nonlocal due
-        seconds = time.time() - begun
-        row = {"step": step, "samples": (step + 1) * args.batch_size, **metrics, "seconds": seconds}
-        rows.append({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
-        if step % max(1, args.steps // 12) == 0 or step + 1 == args.steps:
-            line = (f"{row[name]:>{width}{form}}" for name, (width, form, _) in COLUMNS.items())
-            left = seconds / (step + 1) * (args.steps - step - 1)
-            print(" ".join(line) + f"{left:13.0f}", flush=True)
-        if time.time() > due or step + 1 == args.steps:
-            judge = world.reward_model and world.reward_model.state_dict()
-            save(path, {"config": config, "step": step + 1, "beta": beta, "rows": rows,
-                        "policy": policy.state_dict(), "optimizer": optimizer.state_dict(),
-                        "reward_model": judge})
-            due = time.time() + SAVE_EVERY
-
+    record = Record(world, policy, args)
     titles = " ".join(f"{name:>{width}}" for name, (width, _, _) in COLUMNS.items())
     print(f"\n{titles} seconds left")
     try:
-        loop(world, policy, args, report, resume)
+        loop(world, policy, args, record.report, record.resume)
     except FloatingPointError as e:
-        given = (args.beta, args.vf_coef, args.entropy_coef, getattr(args, "reward_noise", 0.0))
-        earned = (abs(row["reward"]) for row in rows)
-        to_blame = rows and max(*given, *earned) < 1e6  # else they made it, or no update has
-        why = f"; likely the learning rate {args.lr} is too high" if to_blame else ""
-        raise FloatingPointError(f"{e}{why}") from None
+        raise FloatingPointError(f"{e}{suspect(record.rows, args)}") from None
     finally:
-        if rows:
-            write_csv(folder / "metrics.csv", rows)
-    save(folder / "policy.pt", policy.state_dict())
+        if record.rows:
+            write_csv(args.folder / "metrics.csv", record.rows)
+    save(args.folder / "policy.pt", policy.state_dict())
     for name in list(COLUMNS)[1:]:
         print(f"  {name}: {COLUMNS[name][2]}")
     print("  (No loss is shown: only the gradient of a policy's loss means anything.)")
     return policy
+
+
+def suspect(rows, args):
+    """The learning rate, if a run diverged after its first batch and no price is to blame."""
+    given = (args.beta, args.vf_coef, args.entropy_coef, getattr(args, "reward_noise", 0.0))
+    earned = (abs(row["reward"]) for row in rows)
+    to_blame = rows and max(*given, *earned) < 1e6
+    return f"; likely the learning rate {args.lr} is too high" if to_blame else ""
