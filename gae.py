@@ -37,19 +37,19 @@ def reward_to_go(rewards, mask, gamma=1.0, last_value=None):
     later = rewards.new_zeros(B) if last_value is None else last_value  # (B,)  G_{t+1}
     for t in reversed(range(T)):
         real = mask[:, t].bool()                                        # (B,)
-        # G_t = r_t + gamma * G_{t+1}; on padding nothing has happened yet
+        # G_t = r_t + gamma * G_{t+1}; padding passes it on unchanged
         later = torch.where(real, rewards[:, t] + gamma * later, later)  # (B,)
         G[:, t] = torch.where(real, later, 0)
     return G
 
 
 # Slide "Baseline Estimator" -----------------------------------------------------------------------
-def baseline_advantage(ret, values, mask):
-    """Baseline: G_t - b(s_t) with b = V, which knows the state but not the action: the mean stays.
+def baseline_advantage(G, values, mask):
+    """Baseline: G_t - b(s_t) with b = V, which does not know the action: the mean gradient stays.
 
-    ret (B, T), the reward-to-go; values, mask (B, T). Returns (B, T), 0 on padding."""
-    assert ret.shape == values.shape == mask.shape
-    return torch.where(mask.bool(), ret - values, 0)
+    G, the reward-to-go, values, mask (B, T). Returns (B, T), 0 on padding."""
+    assert G.shape == values.shape == mask.shape
+    return torch.where(mask.bool(), G - values, 0)
 
 
 # Slide "Advantage Function" -----------------------------------------------------------------------
@@ -74,7 +74,7 @@ def n_step_advantage(n, rewards, values, mask, gamma=1.0, last_value=None):
     V = torch.cat((torch.where(mask, values, 0), values.new_zeros(B, 1)), 1)  # (B, T + 1)
     if last_value is not None:  # the state after the last real step
         V[torch.arange(B, device=V.device), mask.sum(1)] = last_value
-    # return of n steps = r_t + gamma * return of n - 1 steps from s_{t+1}; of 0 steps: V
+    # n steps: r_t + gamma * (n - 1 steps from s_{t+1}); 0 steps: V, on padding last_value
     ret = V                                                             # (B, T + 1)
     for _ in range(min(n, T)):
         longer = torch.where(mask, rewards + gamma * ret[:, 1:], ret[:, :-1])  # (B, T)
@@ -97,7 +97,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95, last_value=None):
         real = mask[:, t].bool()                                        # (B,)
         # delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)
         delta = rewards[:, t] + gamma * next_value - values[:, t]       # (B,)
-        # A_t = delta_t + gamma * lambda * A_{t+1}; on padding nothing has happened yet
+        # A_t = delta_t + gamma * lambda * A_{t+1}; padding passes it on unchanged
         later = torch.where(real, delta + gamma * lam * later, later)   # (B,)
         next_value = torch.where(real, values[:, t], next_value)        # (B,)
         adv[:, t] = torch.where(real, later, 0)

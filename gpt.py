@@ -60,7 +60,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers, between them GPT-2's tanh form of the GELU; the exact one would cost parity."""
+    """Two layers, between them the tanh form of the GELU that GPT-2 was trained with."""
 
     def __init__(self, config):
         super().__init__()
@@ -90,7 +90,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The transformer body and its three heads, named as in GPT-2."""
+    """The body and its three heads. Names are GPT-2's: wte, wpe embed token and position."""
 
     def __init__(self, config):
         super().__init__()
@@ -133,8 +133,9 @@ class GPT(nn.Module):
             positions = (mask.long().cumsum(1) - 1).clamp(min=0)        # (B, T)
             causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
             visible = causal & mask.bool()[:, None]                     # (B, T, T)
+            # a pad sees itself, or it would be a softmax over nothing
             visible = visible | torch.eye(T, dtype=torch.bool, device=tokens.device)
-            visible = visible[:, None]    # (B, 1, T, T); a pad sees itself: no softmax over nothing
+            visible = visible[:, None]                                 # (B, 1, T, T), for all heads
         x = self.wte(tokens) + self.wpe(positions)                      # (B, T, C)
         with self.precision():
             for block in self.h:
@@ -196,15 +197,15 @@ def generate(model, prompt, prompt_mask, max_new_tokens, end, temperature=1.0, g
 
 
 # Slides "RL for LLMs", "Technical Differences" ----------------------------------------------------
-def language_model_loss(model, tokens, target):
+def language_model_loss(model, tokens, learn):
     """Cross-entropy on each token (pretraining, SFT): -mean log p(token t | those before), in nats.
 
-    tokens (B, T), padded on the right; target (B, T), True where token t is to be learned: all real
+    tokens (B, T), padded on the right; learn (B, T), True where token t is to be learned: all real
     tokens in pretraining, the answer's in SFT. Logits at t - 1 predict token t: shift by one."""
-    assert tokens.shape == target.shape
-    learned = target[:, 1:].bool()                                      # (B, T - 1)
-    h = model(tokens[:, :-1])[learned]                                  # (N, C), N tokens to learn
-    return F.cross_entropy(model.logits(h).float(), tokens[:, 1:][learned])
+    assert tokens.shape == learn.shape
+    learn = learn[:, 1:].bool()                                         # (B, T - 1)
+    h = model(tokens[:, :-1])[learn]                                    # (N, C), N tokens to learn
+    return F.cross_entropy(model.logits(h).float(), tokens[:, 1:][learn])
 
 
 def fit(model, loss_of_step, steps, lr, report=lambda step, loss: None):

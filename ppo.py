@@ -22,8 +22,8 @@ def average(x, mask, over="trajectory"):
     """1/|D| sum_tau sum_t x: the sum over the real steps, the mean over the B trajectories.
 
     x, mask (B, T); on padding x must be a finite number, or its gradient is NaN. Returns a scalar.
-    `over` is what to divide by instead: 'token', all real steps of the batch; 'answer' (GRPO), the
-    steps of each trajectory, then B, so that each step of a long answer counts less."""
+    over='token' divides by all real steps of the batch instead; 'answer' (GRPO) by the steps of
+    each trajectory, then by B, so that each step of a long answer counts less."""
     assert x.shape == mask.shape
     mask = mask.bool()
     total = torch.where(mask, x, 0).sum(1)                              # (B,)
@@ -52,7 +52,7 @@ def policy_gradient_loss(logp, weight):
     logp, weight (B, T). The weight (return, reward-to-go, advantage) is a number, no path for
     gradients: detach. Returns (B, T): a number without meaning, whose mean gradient is -grad J."""
     assert logp.shape == weight.shape
-    return -logp * weight.detach()
+    return -logp * weight.detach()                                      # minus: torch minimises
 
 
 # Slide "(Off-Policy) Sampling Trajectories" -------------------------------------------------------
@@ -64,11 +64,11 @@ def importance_loss(logp, logp_old, adv):
     out, so it is biased once the policies differ, and good while they are close."""
     assert logp.shape == logp_old.shape == adv.shape
     ratio = torch.exp(logp - logp_old.detach())                         # (B, T)
-    return -ratio * adv.detach()
+    return -ratio * adv.detach()                                        # minus: torch minimises
 
 
 # Slides "Proximal Policy Optimization Loss", "PPO Clipping Loss: Intuition" -----------------------
-def clipped_loss(logp, logp_old, adv, clip=0.2):
+def clipped_loss(logp, logp_old, adv, eps=0.2):
     """Clipped loss: -min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t) (Schulman et al. 2017).
 
     All (B, T), also what it returns. The min takes the worse of the two: a gain beyond the clip
@@ -76,7 +76,7 @@ def clipped_loss(logp, logp_old, adv, clip=0.2):
     assert logp.shape == logp_old.shape == adv.shape
     adv = adv.detach()
     ratio = torch.exp(logp - logp_old.detach())                         # (B, T)
-    clipped = ratio.clamp(1 - clip, 1 + clip)                           # (B, T)
+    clipped = ratio.clamp(1 - eps, 1 + eps)                             # (B, T)
     return -torch.min(ratio * adv, clipped * adv)                       # minus: torch minimises
 
 
@@ -97,7 +97,7 @@ def entropy(logits):
 def kl_estimate(logp, logp_ref, estimator="k1"):
     """KL(pi || pi_ref) from the sampled tokens alone (Schulman 2020). (B, T) each, in nats.
 
-    With r = pi_ref / pi:  k1 = -log r,  k2 = (log r)^2 / 2,  k3 = r - 1 - log r.
+    With r = pi_ref / pi (no reward):  k1 = -log r,  k2 = (log r)^2 / 2,  k3 = r - 1 - log r.
     Values: k1 and k3 are unbiased. k3 is never negative and varies less near pi_ref, but far more
     where pi is small and pi_ref is not. k2 is biased, far from pi_ref by much.
     As a *loss* on fresh samples, in one state: E[grad k1] = 0 (it does nothing!), E[grad k2] =
@@ -126,13 +126,12 @@ def full_kl(logits, logits_ref):
     return (p * torch.where(p > 0, logp - logp_ref, 0)).sum(-1).to(logits.dtype)
 
 
-def penalised_rewards(rewards, logp, logp_ref, beta):
+def penalised_rewards(rewards, logp_old, logp_ref, beta):
     """KL in the reward: r_t - beta * k1_t, so that earlier tokens pay for where they lead, too.
 
-    rewards, logp (of the policy that sampled), logp_ref: (B, T), also what it returns; beta in
-    reward per nat."""
-    assert rewards.shape == logp.shape == logp_ref.shape
-    return (rewards - beta * (logp - logp_ref)).detach()
+    rewards, logp_old, logp_ref (B, T), also what it returns; beta in reward per nat."""
+    assert rewards.shape == logp_old.shape == logp_ref.shape
+    return (rewards - beta * (logp_old - logp_ref)).detach()
 
 
 def adapt_beta(beta, kl, target, n, horizon=10_000):

@@ -56,7 +56,7 @@ class RewardModel(nn.Module):
     @torch.no_grad()
     def normalise(self, tokens, mask, mean=0.0):
         """Give the scores of these answers standard deviation 1, and the mean asked for."""
-        r = (self(tokens, mask) - self.shift) / self.scale              # (B,)
+        r = (self(tokens, mask) - self.shift) / self.scale              # (B,), as it was before
         std = (r - r[:1]).std(correction=0)  # exactly 0 if all agree: then there is no scale
         self.scale = torch.where(std > 0, 1 / std, 1.0)
         self.shift = mean - self.scale * r.mean()
@@ -85,7 +85,7 @@ def score_at_end(score, mask):
     return rewards
 
 
-# Slide "Reward for LLMs" --------------------------------------------------------------------------
+# Slides "Reward for LLMs", "RL for LLM Alignment" -------------------------------------------------
 TABLE = [  # question, answer 1, answer 2, chosen
     ("Where is Shanghai?", "Shanghai is a city in China", "Shanghai does not exist", 1),
     ("Explain gravity like I'm 5", "Gravity is a famous restaurant", "Gravity is what pulls things "

@@ -773,7 +773,7 @@ def test_start_and_transition_terms_drop_out_of_the_policy_gradient():
 def test_only_the_trained_policy_gets_a_gradient():
     """Weights, old log-probs and targets are numbers, no paths for gradients."""
     x = randn(3, B, T).requires_grad_()
-    for loss in (policy_gradient_loss(x[0], x[1]), importance_loss(*x), clipped_loss(*x, clip=1e6),
+    for loss in (policy_gradient_loss(x[0], x[1]), importance_loss(*x), clipped_loss(*x, eps=1e6),
                  value_loss(x[0], x[1])):
         assert loss.shape == (B, T)
         assert (slope(loss.sum(), x) != 0).any(2).any(1).tolist() == [True, False, False]
@@ -1056,7 +1056,7 @@ def test_clipping_takes_the_gradient_only_where_the_objective_would_improve():
     for A, cap, capped in ((2.0, 1.2 * 2, [0] * 7 + [1] * 3), (-2.0, -0.8 * 2, [1] * 3 + [0] * 7)):
         capped, logp = torch.tensor(capped) == 1, (ratio.log() - 1.3).requires_grad_()
         logp_old, adv = torch.tensor([[-1.3], [A]], dtype=F64).expand(2, 10)
-        loss = clipped_loss(logp, logp_old, adv, clip=0.2)
+        loss = clipped_loss(logp, logp_old, adv, eps=0.2)
         close(loss, torch.where(capped, -cap, -ratio * A))
         close(slope(loss.sum(), logp), torch.where(capped, 0, -ratio * A))
 
@@ -2133,8 +2133,9 @@ def test_several_runs_go_on_where_they_were_stopped_and_none_is_run_twice(tmp_pa
         assert train.main(argv) == 0 and len(updates) == all_updates + 1
         told = capsys.readouterr().out
     assert "6 of 6: gridworld-reinforce_ppo_ppo-kl" in told or "6 of 6: gridworld-ppo-kl" in told
-    assert Path("out/compare-gridworld.md").read_text() in told
-    assert Path("out/compare-gridworld.png").read_bytes()[:4] == b"\x89PNG"
+    table, picture = (next(Path("out").glob(f"compare-*-reinforce+ppo+ppo-kl-*-0-1.{form}"))
+                      for form in ("md", "png"))  # named by what was compared, like a run
+    assert table.read_text() in told and picture.read_bytes()[:4] == b"\x89PNG"
     for folder in Path("out").glob("gridworld*"):
         assert "   2 " in (folder / "log.txt").read_text()
     assert train.main([*argv, "--beta", "1e38"]) == 0
@@ -2247,7 +2248,7 @@ def test_the_table_compares_each_rung_with_the_one_above_seed_by_seed(tmp_path):
     runs = []
     for algo, size in (("reinforce", 3), ("reward-to-go", 2), ("ppo", 1)):
         for seed in (0, 1, 2)[:size]:
-            args = SimpleNamespace(algo=algo, seed=seed, env="gridworld",
+            args = SimpleNamespace(algo=algo, seed=seed, env="gridworld", kl_target=None,
                                    folder=tmp_path / f"{algo}{seed}")
             files.write_csv(args.folder / "metrics.csv", [{
                 "step": i, "samples": 8 * i + 8, "reward": 1 + i // 3, "gold": 0.5 + (i > 2) / 2,

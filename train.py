@@ -61,7 +61,7 @@ LADDER = {
     "ppo-kl":          Algorithm("gae",          "clipped",         8,      "reward"),
     "ppo-adaptive-kl": Algorithm("gae",          "clipped",         8,      "reward", 1.0),
 }
-BEYOND = {  # the slides, after their papers
+BEYOND = {  # not on the slides: from papers. The last columns: target, group, average
     "rloo":            Algorithm("rloo",         "policy-gradient", 1,      "reward",  None, 4),
     "grpo":            Algorithm("grpo",         "clipped",         8,      "loss-k3", None, 4,
                                  "answer"),
@@ -82,8 +82,8 @@ def reinforce(world, policy, args, report, resume=None):
         anneal(optimizer, step, args)
         # 2. Sample a number of trajectories and rewards with the current network
         batch, metrics = world.sample(policy, args.batch_size, args.group, step)
-        batch |= weights(world, reference, batch, beta, args)
-        # Slide "Off-Policy Learning": no second policy is stored, only its log-probs, logp_old
+        # Slide "Off-Policy Learning": of the policy that sampled only its logp_old is stored
+        batch |= weights(world, reference, batch, beta, args)  # and weight, target, logp_ref
         watched = []
         for epoch in range(args.epochs):
             order = torch.randperm(args.batch_size, generator=world.stream("order", step, epoch),
@@ -95,13 +95,14 @@ def reinforce(world, policy, args, report, resume=None):
                 optimizer.zero_grad()
                 loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"],
-                                                      args.max_grad_norm)
+                                                      args.max_grad_norm)  # inf: only measured
                 # 4. Run stochastic gradient ascent on the return: descent on its negative
                 optimizer.step()
                 watched.append(torch.stack((*seen, norm)))
         metrics |= summarise(batch, torch.stack(watched), step, beta, args)
         if args.kl_target is not None:
-            beta = adapt_beta(beta, metrics["kl"], args.kl_target, args.batch_size, horizon=500)
+            n = args.batch_size  # a horizon of 500 trajectories, as a run is short
+            beta = adapt_beta(beta, metrics["kl"], args.kl_target, n, horizon=500)
         report(step, metrics, optimizer, beta)
         # 5. Go back to 2.
 
@@ -110,7 +111,7 @@ def reinforce(world, policy, args, report, resume=None):
 def weights(world, reference, batch, beta, args):
     """What multiplies each log-prob, what V should learn, and log pi_ref, each (B, T)."""
     rewards, values, mask = batch["rewards"], batch["values"], batch["mask"]
-    parts = zip(*(x.chunk(args.minibatches) for x in batch.values()))   # as much as an update takes
+    parts = zip(*(x.chunk(args.minibatches) for x in batch.values()))   # no more at once than fits
     parts = [dict(zip(batch, part)) for part in parts]
     logp_ref = [log_probs(world.logits_and_values(reference, part)[0], part["actions"])
                 for part in parts]
@@ -148,7 +149,7 @@ def total_loss(world, policy, reference, part, beta, args):
             loss = importance_loss(logp, logp_old, part["weight"])      # (B, T)
         case "clipped":
             loss = clipped_loss(logp, logp_old, part["weight"], args.clip)  # (B, T)
-    # Overall: L_PPO = L_policy + c1 L_VF - c2 L_entropy; minus, as more entropy makes it smaller
+    # Overall, minimised: -L_policy + c1 L_VF - c2 L_entropy; `loss` is -L_policy already
     if args.weight in ("baseline", "gae"):
         loss = loss + args.vf_coef * value_loss(values, part["target"])
     if args.entropy_coef:
@@ -162,7 +163,7 @@ def total_loss(world, policy, reference, part, beta, args):
             loss = loss + beta * full_kl(logits, logits_ref)
     with torch.no_grad():  # means over tokens, for the log
         outside = ((logp - logp_old).exp() - 1).abs() > args.clip       # (B, T)
-        seen = (outside.float(), kl_estimate(logp_old, logp, "k3"))     # (B, T) each
+        seen = (outside.float(), kl_estimate(logp_old, logp, "k3"))     # KL(pi_old || pi)
         seen = [average(x, part["mask"], "token") for x in seen]
     return average(loss, part["mask"], args.average), seen
 

@@ -9,6 +9,7 @@ import json
 import math
 import statistics
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 from lab.files import write_csv, write_text
@@ -20,10 +21,12 @@ class Step(NamedTuple):
     title: str
     number: str  # a key of NUMBERS
     curve: str   # a column of metrics.csv
+    nothing: str = "no difference beyond chance"  # what to say where there is none
 
 
 STEPS = {
-    "reward-to-go": Step("reinforce", "reward-to-go: the past is left out", "noise", "grad_norm"),
+    "reward-to-go": Step("reinforce", "reward-to-go: the past is left out", "noise", "grad_norm",
+                         "no difference: no rewards on the way"),
     "baseline": Step("reward-to-go", "a baseline: better than expected?", "noise", "grad_norm"),
     "gae": Step("baseline", "GAE: trust V a little", "noise", "grad_norm"),
     "off-policy": Step("gae", "eight passes: old answers as if fresh", "right", "gold"),
@@ -32,13 +35,19 @@ STEPS = {
     "ppo-kl": Step("ppo", "KL in the reward: stay near the start", "kl", "kl"),
     "ppo-adaptive-kl": Step("ppo-kl", "adaptive beta: hold a KL of 1 nat", "kl", "kl"),
 }
-CURVES = {"gold": "right answers (grid: share of optimum)", "kl": "KL to the start, nats",
-          "grad_norm": "norm of a batch's gradient"}
+ELSEWHERE = """\
+Reward-to-go only differs where there are rewards on the way, as with a bathtub everywhere:
+  python train.py --env gridworld --algo reinforce,reward-to-go --seeds 5 \\
+      --grid "CTTTT / TTTTT / TTTTT / TTTTT / TTTTM\""""
+CURVES = {"language": "share of right answers", "gridworld": "return, share of the optimum's",
+          "kl": "KL to the start, nats", "grad_norm": "norm of a batch's gradient"}
+T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13,
+     2.12, 2.11, 2.10, 2.09)  # Student's t, two-sided 95 %, for 2 to 20 seeds
 NUMBERS = {  # column of the table: format, what it is
     "right": ("{:.1f}", "% of answers that are right (grid: of the optimum), last ten batches"),
     "held out": ("{:.1f}", "% right of 300 answers to held-out questions, after training"),
     "answers": ("{:.0f}", "sampled until five batches are 80 % right (grid: 95 % of optimum)"),
-    "noise": ("{:.1f}", "mean squared norm of a batch's gradient: nearly all of it is variance"),
+    "noise": ("{:.3g}", "mean squared norm of a batch's gradient: nearly all of it is variance"),
     "kl": ("{:.2f}", "nats an answer to the policy before RL, last ten batches"),
     "V": ("{:.2f}", "explained variance of V, last ten batches"),
     "score": ("{:.2f}", "mean reward, last ten batches"),
@@ -63,15 +72,16 @@ def read_run(args):
     path = args.folder / "evaluation.json"
     if path.exists():
         numbers["held out"] = 100 * json.loads(path.read_text())["rl"]["held_out"]["gold"]
-    return {"algo": args.algo, "seed": args.seed, "rows": rows, **numbers}
+    return {"algo": args.algo, "seed": args.seed, "env": args.env, "target": args.kl_target,
+            "rows": rows, **numbers}
 
 
 def interval(xs):
-    """Mean and half the 95 % interval of the mean (Student's t, by its table)."""
+    """Mean and half the 95 % interval of the mean."""
     if len(xs) < 2:
         return (xs[0] if xs else math.nan), math.nan
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-    return statistics.fmean(xs), t.get(len(xs), 2.0) * statistics.stdev(xs) / math.sqrt(len(xs))
+    t = T[min(len(xs), 20) - 2]
+    return statistics.fmean(xs), t * statistics.stdev(xs) / math.sqrt(len(xs))
 
 
 def differences(runs, rung):
@@ -119,10 +129,12 @@ def panel(axis, rung, runs):
         axis.plot(x, mean, color=colour, linewidth=2.5, label=algo)
         told.append(cell([r[step.number] for r in some], NUMBERS[step.number][0]))
     change, half = interval(differences(runs, rung))
-    nothing = "\nno difference beyond chance" if change == 0 or abs(change) < half else ""
+    nothing = f"\n{step.nothing}" if change == 0 or abs(change) < half else ""
     axis.set_title(f"{step.title}\n{step.number}: {told[0]} → {told[1]}{nothing}", fontsize=12)
     axis.set_ylim(0, 1.02 if step.curve == "gold" else None)
-    axis.set_ylabel(CURVES[step.curve])
+    axis.set_ylabel(CURVES[some[0]["env"] if step.curve == "gold" else step.curve])
+    if some[0]["target"]:
+        axis.axhline(some[0]["target"], color="0.3", linestyle="--", linewidth=1)
     axis.set_xlabel("trajectories sampled, thousands")
     axis.legend(fontsize=9)
 
@@ -166,6 +178,15 @@ def run_all(run, runs):
     return ended
 
 
+def comparison(runs):
+    """Where a comparison is written: named like a run, by all that was asked for."""
+    first, last = runs[0], runs[-1]
+    flags = first.folder.name.removeprefix(f"{first.env}-{first.algo}")
+    flags = flags.removesuffix(f"-{first.seed}")
+    asked = first.asked.replace(",", "+")
+    return first.out / f"compare-{first.env}-{asked}{flags}-{first.seed}-{last.seed}"
+
+
 def side_by_side(run, runs):
     """All of it: what to look at, the runs, the table and the picture."""
     algos = list(dict.fromkeys(args.algo for args in runs))
@@ -176,9 +197,11 @@ def side_by_side(run, runs):
     if not ended:
         raise FloatingPointError("every run diverged")
     text = table(ended, algos)
-    path = runs[0].out / f"compare-{runs[0].env}"
-    write_text(path.with_suffix(".md"), text + "\n")
+    path = comparison(runs)
+    write_text(Path(f"{path}.md"), text + "\n")
     columns = ("algo", "seed", *NUMBERS)
-    write_csv(path.with_suffix(".csv"), [{k: r[k] for k in columns} for r in ended])
-    draw(ended, path.with_suffix(".png"))
+    write_csv(Path(f"{path}.csv"), [{k: r[k] for k in columns} for r in ended])
+    draw(ended, f"{path}.png")
     print(f"\n{text}\n\nwritten to {path}.md, .csv and .png")
+    if {"reinforce", "reward-to-go"} <= set(algos):
+        print(ELSEWHERE)

@@ -57,7 +57,8 @@ def parse(argv, table, ladder, beyond):
             if algo not in rows:
                 p.error(f"--algo {algo}: there are {', '.join(rows)}, and all")
             row = rows[algo]._asdict()
-            args = argparse.Namespace(**defaults | row | given | {"algo": algo, "seed": seed})
+            args = argparse.Namespace(**defaults | row | given | {
+                "algo": algo, "seed": seed, "asked": algos})
             complete(args, given)
             problem, unused = check(args)
             if problem:

@@ -31,7 +31,7 @@ def configuration(args, world):
     """What makes a run what it is: flags, code of the loop, and what its data were made from."""
     top = Path(__file__).parent.parent
     code = hashlib.sha256(b"".join((top / name).read_bytes() for name in CODE)).hexdigest()[:12]
-    flags = {k: str(v) for k, v in vars(args).items() if k not in ("out", "folder", "ask", "seeds")}
+    flags = {k: str(v) for k, v in vars(args).items() if k not in ("out", "folder", "ask", "asked", "seeds")}
     return flags | {"code": code, "data": getattr(world, "data", "")}
 
 
