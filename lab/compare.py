@@ -47,7 +47,7 @@ NUMBERS = {  # column of the table: format, what it is
     "right": ("{:.1f}", "% of answers that are right (grid: of the optimum), last ten batches"),
     "held out": ("{:.1f}", "% right of 300 answers to held-out questions, after training"),
     "answers": ("{:.0f}", "sampled until five batches are 80 % right (grid: 95 % of optimum)"),
-    "noise": ("{:.3g}", "mean squared norm of a batch's gradient: nearly all of it is variance"),
+    "noise": ("{:,.0f}", "mean squared norm of a batch's gradient: nearly all of it is variance"),
     "kl": ("{:.2f}", "nats an answer to the policy before RL, last ten batches"),
     "V": ("{:.2f}", "explained variance of V, last ten batches"),
     "score": ("{:.2f}", "mean reward, last ten batches"),
