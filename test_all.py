@@ -2148,10 +2148,11 @@ def test_several_runs_go_on_where_they_were_stopped_and_none_is_run_twice(tmp_pa
     ("--env gridworld --algo grpo --beta 1e38", "gradient"),
     ("--env gridworld --algo ppo --vf-coef 1e38", "values"),
     ("--env gridworld --algo ppo --entropy-coef 1e38", "gradient"),
+    ("--env gridworld --algo baseline --vf-coef 1e38 --steps 1", "last update"),
     ("--env gridworld --algo ppo --reward-noise 1e30", "gradient"),
-    ("--reward own.py:f --algo ppo", "1e\\+38"), ("--algo reinforce --lr 1e6", "learning rate"),
+    ("--reward own.py:f --algo ppo", "1e\\+38"), ("--algo reinforce --lr 1e6", "too high"),
     ("--algo ppo --lr 1e6", "gradient of update [1-9]"),
-    ("--env gridworld --algo ppo --optimizer sgd --lr 1e12", "learning rate")])
+    ("--env gridworld --algo ppo --optimizer sgd --lr 1e12", "too high")])
 def test_a_diverging_run_blames_the_learning_rate_only_if_it_is_to_blame(flags, says, request,
                                                                          capsys, monkeypatch):
     """Status 1 and one line that says what is no number."""
@@ -2160,8 +2161,8 @@ def test_a_diverging_run_blames_the_learning_rate_only_if_it_is_to_blame(flags, 
         request.getfixturevalue("small")
         Path("own.py").write_text("def f(p, r): return [1e38] * len(r)\n")
         argv = [*LANGUAGE, *argv]
-    line = complaint(capsys, [*argv, "--steps", "4", "--out", "out"], 1)
-    assert re.search(says, line) and ("learning rate" in line) == (says == "learning rate"), line
+    line = complaint(capsys, ["--steps", "4", *argv, "--out", "out"], 1)
+    assert re.search(says, line) and ("too high" in line) == (says == "too high"), line
 
 
 def test_whatever_is_printed_can_be_printed_anywhere(small, monkeypatch, tmp_path):
@@ -2185,6 +2186,37 @@ def test_whatever_is_printed_can_be_printed_anywhere(small, monkeypatch, tmp_pat
         assert done.returncode == 0 and not done.stderr, done.stderr
 
 
+def test_no_two_runs_share_a_folder_and_none_is_emptied_before_the_next_has_a_batch(
+        tmp_path, monkeypatch, capsys):
+    """Names with other characters, or too long, get a checksum; what is replaced is said."""
+    monkeypatch.chdir(tmp_path)
+    names = [parsed("--prompts", path).folder.name for path in (
+        "a/b.txt", "a_b.txt", "a b.txt", "x" * 200, "x" * 201, "漢" * 80)]
+    assert len(set(names)) == 6 and max(len(name.encode()) for name in names) < 200
+    assert train.main(CAT) == 0
+    folder, = Path("out").iterdir()
+    before, config = outcome(folder), (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"code": "', '"code": "other'))
+    saved = files.load(folder / "checkpoint.pt")
+    files.save(folder / "checkpoint.pt", saved | {"config": saved["config"] | {"code": "other"}})
+    spoil(monkeypatch, torch.nn.utils, "clip_grad_norm_", partial(next, iter(())))
+    with pytest.raises(StopIteration):
+        train.main(CAT)
+    assert outcome(folder) == before
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert train.main(CAT) == 0 and outcome(folder) == before
+    assert "replaced" in capsys.readouterr().out and (folder / "config.json").read_text() == config
+
+
+def test_several_runs_on_prompts_without_known_answers_end_with_their_table(small, capsys):
+    Path("prompts.txt").write_text("Where is Oz?\nWhy?\n")
+    several = [*LANGUAGE, "--algo", "reinforce,ppo", "--prompts", "prompts.txt"]
+    assert train.main(several) == 0
+    assert "| ppo | 1 | – | – | – |" in capsys.readouterr().out
+
+
 # ===== The command line =====
 @pytest.mark.parametrize("argv", [
     "--algo nonsense", "--unknown 3", "--step 3", "--seed x", "--seed -1", "--steps 0", "--lr nan",
@@ -2204,7 +2236,8 @@ def test_whatever_is_printed_can_be_printed_anywhere(small, monkeypatch, tmp_pat
     "--pairs x --reward-pairs 9", "--reward verifier --reward-mean 1",
     "--reward mine.py:f --pairs x",
     "--reward verifier --reward-refresh 9", "--pairs x --reward-refresh 9",
-    "--prompts x --reward-refresh 9"])
+    "--prompts x --reward-refresh 9", "--reward-refresh 9 --steps 9", "--labeller careful --pairs x",
+    "--reward verifier --labeller careful", "--reward-pairs 17000", "--reward-mean nan"])
 def test_bad_input_gets_one_line_and_status_2(argv, tmp_path, monkeypatch, capsys):
     """It names the flag, and nothing is written."""
     if argv == "--device cuda" and torch.cuda.is_available():
@@ -2466,7 +2499,8 @@ def test_what_the_picture_of_credit_says_of_a_token_is_read_off_without_padding(
     for p in (p for model in models for p in model.parameters()):
         p.data += 0.2 * torch.randn_like(p)
     policy, reference, critic, judge = models
-    chat = SimpleNamespace(tokenizer=words, temperature=0.7, reward_model=RewardModel(judge))
+    chat = SimpleNamespace(tokenizer=words, temperature=0.7, reward_model=RewardModel(judge),
+                           device="cpu")
     chat.logits_and_values = partial(Chat.logits_and_values, chat)
     args, answers = SimpleNamespace(beta=0.3, gamma=1.0, lam=0.9), ["Shanghai", "No"]
     told = credit.credit(chat, policy, reference, critic, "Where?", answers, args)

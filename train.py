@@ -17,7 +17,6 @@ import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait sleep: a busy laptop needs it
 
-import argparse
 import copy
 import math
 import sys
@@ -88,7 +87,7 @@ def reinforce(world, policy, args, report, resume=None):
         for epoch in range(args.epochs):
             order = torch.randperm(args.batch_size, generator=world.stream("order", step, epoch),
                                    device=batch["mask"].device)         # (B,)
-            for rows in order.chunk(args.minibatches):
+            for rows in order.tensor_split(args.minibatches):
                 part = {name: x[rows] for name, x in batch.items()}
                 # 3. Use the samples to calculate an approximation of the policy gradient
                 loss, seen = total_loss(world, policy, reference, part, beta, args)
@@ -111,7 +110,7 @@ def reinforce(world, policy, args, report, resume=None):
 def weights(world, reference, batch, beta, args):
     """What multiplies each log-prob, what V should learn, and log pi_ref, each (B, T)."""
     rewards, values, mask = batch["rewards"], batch["values"], batch["mask"]
-    parts = zip(*(x.chunk(args.minibatches) for x in batch.values()))   # no more at once than fits
+    parts = zip(*(x.tensor_split(args.minibatches) for x in batch.values()))  # what fits at once
     parts = [dict(zip(batch, part)) for part in parts]
     logp_ref = [log_probs(world.logits_and_values(reference, part)[0], part["actions"])
                 for part in parts]
@@ -209,6 +208,7 @@ def summarise(batch, watched, step, beta, args):
 # ------------------------------------------------------------------------------- the command line
 COUNT, SHARE = flags.number(int, 1, 1e9), flags.number(float, 0, 1)
 RATE, AMOUNT = flags.number(float, 1e-12, 1e12), flags.number(float, 0, 1e38)
+NORM, MEAN = flags.number(float, 1e-12, math.inf), flags.number(float, -1e6, 1e6)
 FLAGS = {  # type or choices, default on language, in the grid (...: there is no such flag), help
     "the lecture": {
         "algo": (str, "reinforce", "reinforce",
@@ -232,7 +232,7 @@ FLAGS = {  # type or choices, default on language, in the grid (...: there is no
     "reinforcement learning": {
         "steps": (COUNT, 60, 60, "batches of trajectories"),
         "batch-size": (COUNT, 64, 64, "trajectories a batch"),
-        "minibatches": (COUNT, 2, 2, "updates in a pass, if there are several passes"),
+        "minibatches": (COUNT, 2, 2, "updates in a pass, if an algorithm makes several passes"),
         "lr": (RATE, 1e-4, 0.5, "learning rate of the policy"),
         "value-lr": (RATE, 3e-3, 0.2, "learning rate of the value head"),
         "gamma": (SHARE, 1.0, 0.99, "discount"),
@@ -242,7 +242,7 @@ FLAGS = {  # type or choices, default on language, in the grid (...: there is no
         "entropy-coef": (AMOUNT, 0.0, 0.0, "c2, weight of the entropy bonus"),
         "beta": (AMOUNT, 0.1, 5.0, "price of a nat of KL, in reward"),
         "temperature": (RATE, 0.7, 1.0, "of the policy: sampling and log-probs alike"),
-        "max-grad-norm": (RATE, math.inf, math.inf, "clip the gradient's norm"),
+        "max-grad-norm": (NORM, math.inf, math.inf, "clip the gradient's norm"),
         "whiten": (bool, False, False, "whiten the weights: a baseline in disguise"),
         "optimizer": (("adam", "sgd"), "adam", "adam", "sgd is the slides' plain ascent"),
     },
@@ -254,12 +254,13 @@ FLAGS = {  # type or choices, default on language, in the grid (...: there is no
         "limit": (COUNT, ..., 50, "moves until a cat is cut off"),
     },
     "the language model": {
-        "reward-mean": (float, 3.0, ..., "mean score before RL, in standard deviations"),
+        "reward-mean": (MEAN, 3.0, ..., "mean score before RL, in standard deviations"),
         "labeller": (("bold", "careful"), "bold", ..., "careful: an evasion beats a wrong answer"),
-        "reward-pairs": (COUNT, 16_000, ..., "comparisons that the reward model learns from"),
+        "reward-pairs": (flags.number(int, 1, 16_000), 16_000, ...,
+                         "comparisons that the reward model learns from"),
         "reward-refresh": (COUNT, None, ..., "retrain it on fresh answers every N batches"),
         "max-new-tokens": (COUNT, 24, ..., "longest answer, its end included"),
-        "init": (str, None, ..., "begin with GPT-2: a file, or the name of one"),
+        "init": (str, None, ..., "GPT-2, a file or a name; then --lr is 1e-5, --max-new-tokens 64"),
         "pairs": (Path, None, ..., "your comparisons, JSONL: prompt, chosen, rejected"),
         "demos": (Path, None, ..., "your demonstrations, JSONL: prompt, response"),
         "prompts": (Path, None, ..., "your prompts, JSONL or one on each line"),
@@ -293,7 +294,7 @@ def run(args):
 
 
 def main(argv=None):
-    """The command line. Exit status 0; 1: a run diverged, 2: bad input, 130: Ctrl-C."""
+    """The command line. Exit status 0; 1: the run, or all of several, diverged; 2: bad input."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # whatever is printed can be printed anywhere
             stream.reconfigure(errors="backslashreplace")
@@ -306,6 +307,11 @@ def main(argv=None):
     except (DataError, OSError, FloatingPointError) as e:
         print(f"train.py: {' '.join(str(e).split())}", file=sys.stderr)
         return 1 if isinstance(e, FloatingPointError) else 2
+    except RuntimeError as e:
+        if "memory" not in str(e):
+            raise
+        print("train.py: not enough memory; a smaller --batch-size may fit", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on where it was", file=sys.stderr)
         return 130

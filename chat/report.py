@@ -97,7 +97,10 @@ def ask(chat, sft, args):
     if not path.exists():
         raise DataError(f"--ask: there is no {path}; run the same command without --ask first")
     policy = copy.deepcopy(sft)
-    policy.load_state_dict(files.load(path))
+    try:
+        policy.load_state_dict(files.load(path))
+    except RuntimeError:  # other shapes
+        raise DataError(f"--ask: {path} is another model's policy; run without --ask") from None
     room = sft.config.n_positions - chat.max_new_tokens - 2
     question = own.last_tokens(args.ask, chat.tokenizer, room)
     print("\n" + as_text(both_answers(chat, sft, policy, [question])))

@@ -106,7 +106,7 @@ def pair_accuracy(model, pairs, tokenizer, max_tokens, batch_size=256):
 
 def show_accuracy(accuracy, whose):
     """Table: share of pairs that the reward model orders as the labeller, or you, would."""
-    print(f"  {f'reward model, share of fresh pairs in the order of {whose}':<62}"
+    print(f"  {f'reward model, share of pairs in the order of {whose}':<62}"
           f"{'trained on':>11}{'held out':>10}")
     for name in ("all pairs", *(f"right > wrong, {kind}" for kind in KINDS)):
         cells = []
@@ -148,6 +148,7 @@ class Cache:
 def prepare(args):
     """The stages in their order. Returns the Chat for RL and the SFT policy that it begins with."""
     world, limit = World(args.seed, args.labeller), args.max_new_tokens
+    reward = args.reward if args.reward in ("model", "verifier") else own.own_reward(args.reward)
     tokenizer, model = untrained(args)
     room = model.config.n_positions - limit - 2  # for a question between its two turn tokens
     if room < 1:
@@ -161,7 +162,8 @@ def prepare(args):
     pace = 0.02 if args.init else 1.0  # what has learned a lot moves in small steps
     cache = Cache(args.out / "stages", vars(model.config), args.seed, args.device, limit,
                   torch.__version__, HERE.parent / "gpt.py", HERE / "stages.py", HERE / "world.py",
-                  HERE / "tokenizer.py", HERE / "tokenizer.bpe", *sorted(HERE.glob("*.txt")))
+                  HERE / "tokenizer.py", HERE / "tokenizer.bpe", HERE / "gpt2.py",
+                  HERE.parent / "lab" / "own.py", *sorted(HERE.glob("*.txt")))
 
     def pretrained():
         pretrain(model, tokenizer, lines, args.seed)
@@ -169,7 +171,7 @@ def prepare(args):
 
     def sft():
         shown = world.demonstrations(20_000) if demos is None else [
-            (row["prompt"], row["response"]) for row in demos if not own.held_out(row["prompt"])]
+            (row["prompt"], row["response"]) for row in own.to_learn(demos, args.seed)]
         if not shown:
             raise DataError(f"{args.demos}: all of its prompts are held out, none is left to learn")
         finetune(model, tokenizer, shown, [] if args.init else lines, limit, 3e-3 * pace)
@@ -182,7 +184,7 @@ def prepare(args):
     model.load_state_dict(cache.run("sft", sft, demos))
     learned = args.reward == "model" and reward_model(model, tokenizer, world, pairs, pace, cache,
                                                       args)
-    chat = environment(model, tokenizer, world, prompts, learned, cache, args)
+    chat = environment(model, tokenizer, world, prompts, reward, learned, cache, args)
     chat.held_out_text = held_out_lines[:100 if args.init else None]
     return chat, model
 
@@ -196,10 +198,9 @@ def untrained(args):
     return tokenizer, model
 
 
-def environment(model, tokenizer, world, prompts, learned, cache, args):
+def environment(model, tokenizer, world, prompts, reward, learned, cache, args):
     """The Chat that RL samples from; scores get their scale and V its start, `model` is SFT's."""
     judge, retrain = learned or (None, None)
-    reward = args.reward if args.reward in ("model", "verifier") else own.own_reward(args.reward)
     asked = own.Prompts([row["prompt"] for row in prompts], args.seed) if prompts else world
     chat = Chat(asked, tokenizer, reward, judge, args)
     n = args.batch_size if args.init else 500  # what fits into memory
@@ -224,9 +225,9 @@ def comparisons(world, pairs, args):
         tests = {split: world.preference_pairs(2000, split, errors=0.0, seed=1)
                  for split in ("train", "held_out")}
         return world.preference_pairs(16_000)[:args.reward_pairs], tests
-    sides = {split: [row for row in pairs if own.held_out(row["prompt"]) == (split != "train")]
-             for split in ("train", "held_out")}
-    return sides["train"], {"train": sides["train"][:2000], "held_out": sides["held_out"]}
+    learned = own.to_learn(pairs, args.seed)
+    return learned, {"train": learned[:2000],
+                     "held_out": [row for row in pairs if own.held_out(row["prompt"])]}
 
 
 def reward_model(model, tokenizer, world, pairs, pace, cache, args):

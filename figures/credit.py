@@ -36,8 +36,9 @@ BELOW = ("log-prob", "KL", "value", "TD error")
 def credit(chat, policy, reference, critic, question, answers, args):
     """The tokens of each answer to the question: [[{token, log-prob, KL, reward, ..}]]."""
     t = chat.tokenizer
-    prompt, prompt_mask = t.pad_rows([t.prompt(question)] * len(answers), "left")  # (B, P) each
-    tokens, mask = t.pad_rows([t.answer(answer) for answer in answers], "right")  # (B, T) each
+    asked, said = [t.prompt(question)] * len(answers), [t.answer(a) for a in answers]
+    prompt, prompt_mask = t.pad_rows(asked, "left", chat.device)        # (B, P) each
+    tokens, mask = t.pad_rows(said, "right", chat.device)               # (B, T) each
     b = {"prompt": prompt, "prompt_mask": prompt_mask, "mask": mask,
          "actions": tokens.masked_fill(~mask, 0)}
     score = chat.reward_model(*question_and_answer(b))                  # (B,)

@@ -166,9 +166,9 @@ def main(out="out", *seeds):
         write_csv(HERE / f"{name}.csv", [
             {k: round(float(v), 4) if isinstance(v, float) else v for k, v in line.items()}
             for line in lines])
-    print("\n".join(markdown(table)))
     for picture in PICTURES:
         draw(rows, table, picture)
+    print("\n".join(markdown(table)))
 
 
 if __name__ == "__main__":

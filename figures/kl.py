@@ -91,9 +91,9 @@ def main(out="out", *seeds):
     ended = train_all([args for _, args in runs])
     rows = [{"setting": setting} | end(args, args in ended) for setting, args in runs]
     write_csv(HERE / "kl.csv", rows)
-    print("\n".join(markdown(rows)))
     draw(rows, {name: [metrics(args) for setting, args in runs if setting == name]
                 for name in SETTINGS})
+    print("\n".join(markdown(rows)))
 
 
 if __name__ == "__main__":

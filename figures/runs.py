@@ -13,9 +13,8 @@ from lab import compare, flags
 
 HERE = Path(__file__).parent
 # Okabe & Ito: told apart by the colour-blind too
-BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK, GREY = COLORS = [
-    "#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7",
-    "#999999"]
+BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK, GREY = (
+    "#000000", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7", "#999999")
 
 
 def parse(text):

@@ -31,7 +31,7 @@ COLUMNS = ["trajectories", "bias", "cosine"]
 
 def weights(rewards, V, mask, gamma):
     """{name: (B, T)}: weights of the ladder, n-step advantages, GAE of several lambdas."""
-    t = gamma ** torch.arange(mask.shape[1])                            # (T,)
+    t = gamma ** torch.arange(mask.shape[1], device=mask.device)        # (T,)
     G = reward_to_go(rewards, mask, gamma)                              # (B, T)
     R = discounted_return(rewards, mask, gamma)                         # (B,)
     named = {"reward-to-go": G, "baseline": baseline_advantage(G, V, mask)}

@@ -71,7 +71,8 @@ def read_run(args):
                "noise": statistics.fmean(row["grad_norm"] ** 2 for row in rows)}
     path = args.folder / "evaluation.json"
     if path.exists():
-        numbers["held out"] = 100 * json.loads(path.read_text())["rl"]["held_out"]["gold"]
+        evaluation = json.loads(path.read_text())
+        numbers["held out"] = 100 * evaluation["rl"]["held_out"].get("gold", math.nan)
     return {"algo": args.algo, "seed": args.seed, "env": args.env, "target": args.kl_target,
             "rows": rows, **numbers}
 

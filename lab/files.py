@@ -45,8 +45,11 @@ def write_csv(path, rows):
 
 
 def save(path, result):
-    """What torch.save can write."""
-    write_beside(path, lambda temporary: torch.save(result, temporary))
+    """What torch.save can write. By a file that is open: a path's name would be kept in it."""
+    def write(temporary):
+        with open(temporary, "wb") as f:
+            torch.save(result, f)
+    write_beside(path, write)
 
 
 def load(path):

@@ -85,9 +85,10 @@ def complete(args, given):
     special = {k: v for k, v in given.items()
                if k not in ("algo", "env", "seed", "seeds", "device", "out", "ask")}
     name = "".join(f"-{k}_{v}" for k, v in sorted(special.items()))
-    name = re.sub(r"[^\w.-]+", "_", f"{args.env}-{args.algo}{name}")
-    if len(name) > 150:  # as long as a file system likes
-        name = f"{name[:140]}-{zlib.crc32(name.encode()):x}"
+    whole = f"{args.env}-{args.algo}{name}"
+    name = re.sub(r"[^\w.+-]+", "_", whole).encode()[:140].decode(errors="ignore")
+    if name != whole:  # cut, or with other characters: two runs must not share a folder
+        name = f"{name}-{zlib.crc32(whole.encode()):x}"
     args.folder = args.out / f"{name}-{args.seed}"
 
 
@@ -99,8 +100,9 @@ def check(args):
             "kl_target": args.kl != "none"}
     if args.env == "language":
         model = args.reward == "model"
-        used |= {"reward_mean": model, "reward_pairs": model and not args.pairs, "pairs": model,
-                 "reward_refresh": model and not (args.pairs or own)}
+        little = model and not args.pairs  # its labeller has a say
+        used |= {"reward_mean": model, "pairs": model, "reward_pairs": little, "labeller": little,
+                 "reward_refresh": little and not own and (args.reward_refresh or 1) < args.steps}
     problem = None
     if args.batch_size % args.group or args.batch_size < args.minibatches:
         problem = (f"--batch-size {args.batch_size} must be a multiple of --group {args.group} "

@@ -2,9 +2,10 @@
 import copy
 import hashlib
 import json
-import math
 import time
 from pathlib import Path
+
+import torch
 
 from lab.files import DataError, load, save, write_csv, write_text
 
@@ -19,9 +20,10 @@ COLUMNS = {  # of metrics.csv that the log shows: width, format, meaning
     "finished": (8, ".3f", "share of answers that end by themselves (grid: that reach the meat)"),
     "clip_fraction": (13, ".3f", "share of tokens whose ratio left 1 +- clip during the updates"),
     "explained_variance": (18, ".3f", "1: V predicts the return, 0: no better than a constant"),
-    "grad_norm": (9, ".2f", "of the policy's gradient, mean over the updates, before any clipping"),
+    "grad_norm": (9, ".2f", "of the gradient (not V's head's), mean over updates, before clipping"),
 }
-CODE = ("gae.py", "gpt.py", "gridworld.py", "ppo.py", "reward.py", "train.py", "chat/env.py")
+CODE = ("gae.py", "gpt.py", "gridworld.py", "ppo.py", "reward.py", "train.py", "chat/env.py",
+        "lab/fast.py")
 FILES = ("config.json", "checkpoint.pt", "metrics.csv", "policy.pt", "samples.txt", "answers.jsonl",
          "evaluation.json")
 SAVE_EVERY = 10  # seconds, at least, between two checkpoints
@@ -31,7 +33,8 @@ def configuration(args, world):
     """What makes a run what it is: flags, code of the loop, and what its data were made from."""
     top = Path(__file__).parent.parent
     code = hashlib.sha256(b"".join((top / name).read_bytes() for name in CODE)).hexdigest()[:12]
-    flags = {k: str(v) for k, v in vars(args).items() if k not in ("out", "folder", "ask", "asked", "seeds")}
+    flags = {k: str(v) for k, v in vars(args).items()
+             if k not in ("out", "folder", "ask", "asked", "seeds")}
     return flags | {"code": code, "data": getattr(world, "data", "")}
 
 
@@ -52,11 +55,7 @@ class Record:
         self.path, self.config = args.folder / "checkpoint.pt", configuration(args, world)
         self.saved = unfinished(self.path, self.config)
         self.rows = self.saved["rows"] if self.saved else []
-        if not self.saved:
-            for name in FILES:  # another run's results are not to be found among this one's
-                (args.folder / name).unlink(missing_ok=True)
-            write_text(args.folder / "config.json", json.dumps(self.config, indent=1))
-        elif self.saved["step"] < args.steps:
+        if self.saved and self.saved["step"] < args.steps:
             print(f"going on in {args.folder} after {self.saved['step']} of {args.steps} batches")
         self.begun = time.time() - (self.rows[-1]["seconds"] if self.rows else 0)
         self.due = time.time() + SAVE_EVERY
@@ -73,6 +72,8 @@ class Record:
 
     def report(self, step, metrics, optimizer, beta):
         """After each batch: a row; now and then a line of the log; seldom a checkpoint."""
+        if not self.rows:
+            self.clear()
         done, steps, seconds = step + 1, self.args.steps, time.time() - self.begun
         row = {"step": step, "samples": done * self.args.batch_size, **metrics, "seconds": seconds}
         self.rows.append({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
@@ -86,6 +87,15 @@ class Record:
                              "optimizer": optimizer.state_dict()})
             self.due = time.time() + SAVE_EVERY
 
+    def clear(self):
+        """Another run's results are not to be found among this one's."""
+        folder = self.args.folder
+        if (folder / "policy.pt").exists():
+            print(f"what was in {folder} was made by other code, data or versions: replaced")
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+        write_text(folder / "config.json", json.dumps(self.config, indent=1))
+
 
 def run(loop, world, start, args):
     """loop(world, policy, args, report, resume) with everything around it. Returns the policy.
@@ -97,6 +107,8 @@ def run(loop, world, start, args):
     print(f"\n{titles} seconds left")
     try:
         loop(world, policy, args, record.report, record.resume)
+        if not all(torch.isfinite(p).all() for p in policy.parameters()):
+            raise FloatingPointError("the last update left no finite numbers in the policy")
     except FloatingPointError as e:
         raise FloatingPointError(f"{e}{suspect(record.rows, args)}") from None
     finally:
@@ -110,8 +122,9 @@ def run(loop, world, start, args):
 
 
 def suspect(rows, args):
-    """The learning rate, if a run diverged after its first batch and no price is to blame."""
+    """The learning rates, if a run diverged after its first batch and no price is to blame."""
     given = (args.beta, args.vf_coef, args.entropy_coef, getattr(args, "reward_noise", 0.0))
     earned = (abs(row["reward"]) for row in rows)
     to_blame = rows and max(*given, *earned) < 1e6
-    return f"; likely the learning rate {args.lr} is too high" if to_blame else ""
+    rates = f"--lr {args.lr} or --value-lr {args.value_lr}"
+    return f"; likely {rates} is too high" if to_blame else ""

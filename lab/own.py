@@ -24,7 +24,7 @@ def with_prompt(row):
 def read_jsonl(path, fields, form=with_prompt):
     """The rows of a JSONL file, each as form(row): {field: text}. Raises DataError, which says
     where. If only prompts are asked for, a file of any other name has one on each line."""
-    plain = fields == ["prompt"] and path.suffix not in (".jsonl", ".json")
+    plain = fields == ["prompt"] and path.suffix.lower() not in (".jsonl", ".json")
     rows = []
     for number, line in enumerate(read_lines(path), 1):
         row, field = {}, fields[0]
@@ -50,6 +50,12 @@ def read_jsonl(path, fields, form=with_prompt):
 def held_out(prompt):
     """Is this prompt, with all that is said to it in any file, held out? One in five is."""
     return zlib.crc32(prompt.encode()) % 5 == 0
+
+
+def to_learn(rows, seed):
+    """The rows whose prompt is not held out, shuffled: rates fall, so order would count."""
+    rows = [row for row in rows if not held_out(row["prompt"])]
+    return random.Random(seed).sample(rows, len(rows))
 
 
 def last_tokens(text, tokenizer, room):
@@ -101,6 +107,8 @@ def own_reward(name):
     path, _, function = name.rpartition(":")
     try:
         given = runpy.run_path(path)[function]
+        if not callable(given):
+            raise TypeError(f"{function} is no function")
     except (Exception, SystemExit) as e:
         raise DataError(f"--reward {name}: cannot be loaded ({type(e).__name__}: {e})") from None
 
