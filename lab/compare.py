@@ -36,7 +36,7 @@ STEPS = {
     "ppo-adaptive-kl": Step("ppo-kl", "adaptive beta: hold a KL of 1 nat", "kl", "kl"),
 }
 ELSEWHERE = """\
-Reward-to-go only differs where there are rewards on the way, as with a bathtub everywhere:
+Reward-to-go pays where rewards come on the way, as with a bathtub everywhere:
   python train.py --env gridworld --algo reinforce,reward-to-go --seeds 5 \\
       --grid "CTTTT / TTTTT / TTTTT / TTTTT / TTTTM\""""
 CURVES = {"language": "share of right answers", "gridworld": "return, share of the optimum's",
