@@ -117,6 +117,15 @@ def rl_iteration(name, B, P, N):
         note(f"{what}, peak memory", torch.cuda.max_memory_allocated() / 1e9, "GB")
 
 
+def table(rows):
+    """Markdown, from the rows of the CSV."""
+    lines = [f"| what | {rows[0]['device']} |", "|---|---|"]
+    for row in rows:
+        x = float(row["number"])
+        lines.append(f"| {row['what']} | {x:,.{0 if x >= 1000 else 3}f} {row['unit']} |")
+    return lines
+
+
 if __name__ == "__main__":
     print(f"{NAME}, torch {torch.__version__}\n")
     sampling(LITTLE, 128, 16, 32)
