@@ -2236,7 +2236,8 @@ def test_several_runs_on_prompts_without_known_answers_end_with_their_table(smal
     "--pairs x --reward-pairs 9", "--reward verifier --reward-mean 1",
     "--reward mine.py:f --pairs x",
     "--reward verifier --reward-refresh 9", "--pairs x --reward-refresh 9",
-    "--prompts x --reward-refresh 9", "--reward-refresh 9 --steps 9", "--labeller careful --pairs x",
+    "--prompts x --reward-refresh 9", "--reward-refresh 9 --steps 9",
+    "--pairs x --labeller careful",
     "--reward verifier --labeller careful", "--reward-pairs 17000", "--reward-mean nan"])
 def test_bad_input_gets_one_line_and_status_2(argv, tmp_path, monkeypatch, capsys):
     """It names the flag, and nothing is written."""
@@ -2439,6 +2440,10 @@ def test_the_tables_of_the_figures_are_their_csv_files():
               "variance_language": variance_language.table}
     for name, table in tables.items():
         assert "\n".join(table(runs.read(name))) in text, name
+    for name in ("ladder", "ladder_grid"):
+        rows = [{k: x if k == "algo" else float(x) for k, x in row.items()}
+                for row in runs.read(name)]
+        assert comparing.table(rows, list(LADDER)) in README, name
     assert all((TOP / "figures" / x).exists() for x in re.findall(r"\]\((\w+\.\w+)\)", text))
 
 

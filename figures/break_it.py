@@ -41,7 +41,7 @@ EXERCISES = [
              "one reward at the end: the last token, the end, learns nothing; the rest does"),
     Exercise("gae.py", START, "next_value = values[torch.arange(B), mask.sum(1).long() - 1]",
              "the value after the end is not 0 but the last state's", "gae and not grid",
-             "rises more slowly, and ends a little lower"),
+             "rises more slowly and ends a little lower"),
     Exercise("gae.py", START, "next_value = rewards.new_zeros(B)",
              "a time limit is taken for an end", "truncated",
              "learns; long ways look worse than they are"),
