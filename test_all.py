@@ -1964,6 +1964,22 @@ def complaint(capsys, argv, status=2):
     return line
 
 
+def test_the_reward_model_begins_as_the_sft_policy(small):
+    """After one batch of pairs, a single step of Adam, no weight of its body has moved further."""
+    chat, policy = stages.prepare(parsed(*LANGUAGE, "--reward-pairs", "32"))
+    for x, y in zip(policy.h.parameters(), chat.reward_model.gpt.h.parameters()):
+        assert (x - y).abs().max() < 1e-3
+
+
+def test_each_batch_is_sampled_with_its_own_noise_and_the_same_one_again(small):
+    """The same question, in two batches and in the first one once more."""
+    Path("one.txt").write_text("Where is Oz?\n")
+    chat, policy = stages.prepare(parsed(*LANGUAGE, "--prompts", "one.txt"))
+    first, second, again = (chat.sample(policy, 8, 1, i)[0]["logp_old"] for i in (0, 1, 0))
+    assert torch.equal(first, again)
+    assert first.shape != second.shape or not torch.equal(first, second)
+
+
 def test_a_stage_is_made_once_and_anew_when_what_it_is_made_from_changes(small, capsys):
     """V begins at the mean score of the answers before RL, be it the reward model's or your own."""
     jsonl(Path("few.jsonl"), {"prompt": "1?", "response": "4"})
