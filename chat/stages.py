@@ -161,9 +161,8 @@ def prepare(args):
     lines, held_out_lines = world.pretraining_text(30_000)
     pace = 0.02 if args.init else 1.0  # what has learned a lot moves in small steps
     cache = Cache(args.out / "stages", vars(model.config), args.seed, args.device, limit,
-                  torch.__version__, HERE.parent / "gpt.py", HERE / "stages.py", HERE / "world.py",
-                  HERE / "tokenizer.py", HERE / "tokenizer.bpe", HERE / "gpt2.py",
-                  HERE.parent / "lab" / "own.py", *sorted(HERE.glob("*.txt")))
+                  torch.__version__, HERE.parent / "gpt.py", HERE.parent / "lab" / "own.py",
+                  HERE / "tokenizer.bpe", *sorted(HERE.glob("*.py")), *sorted(HERE.glob("*.txt")))
 
     def pretrained():
         pretrain(model, tokenizer, lines, args.seed)

@@ -157,7 +157,7 @@ def draw(runs, path):
     for axis, rung in zip(axes.flat, rungs):
         panel(axis, rung, runs)
     figure.tight_layout()
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
