@@ -120,13 +120,13 @@ def weights(world, reference, batch, beta, args):
     G = reward_to_go(rewards, mask, args.gamma, batch["last_value"])    # (B, T)
     R = discounted_return(rewards, mask, args.gamma)                    # (B,)
     match args.weight:
-        case "return":
+        case "return":        # sum_t gamma^t r_t
             weight = R[:, None].expand_as(G)
-        case "reward-to-go":
+        case "reward-to-go":  # sum_{t' >= t} gamma^(t' - t) r_{t'}
             weight = G
-        case "baseline":
+        case "baseline":      # G_t - V(s_t)
             weight = baseline_advantage(G, values, mask)
-        case "gae":
+        case "gae":           # A_t = delta_t + gamma * lambda * A_{t+1}
             weight = gae(rewards, values, mask, args.gamma, args.lam, batch["last_value"])
         case "rloo":
             weight = rloo_advantage(R, args.group)[:, None].expand_as(G)
@@ -142,11 +142,11 @@ def total_loss(world, policy, reference, part, beta, args):
     logits, values = world.logits_and_values(policy, part)              # (B, T, V), (B, T)
     logp, logp_old = log_probs(logits, part["actions"]), part["logp_old"]  # (B, T) each
     match args.loss:
-        case "policy-gradient":
+        case "policy-gradient":  # -log pi(a_t | s_t) * weight_t
             loss = policy_gradient_loss(logp, part["weight"])           # (B, T)
-        case "importance":
+        case "importance":       # -ratio_t * A_t
             loss = importance_loss(logp, logp_old, part["weight"])      # (B, T)
-        case "clipped":
+        case "clipped":          # -min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)
             loss = clipped_loss(logp, logp_old, part["weight"], args.clip)  # (B, T)
     # Overall, minimised: -L_policy + c1 L_VF - c2 L_entropy; `loss` is -L_policy already
     if args.weight in ("baseline", "gae"):
@@ -154,7 +154,7 @@ def total_loss(world, policy, reference, part, beta, args):
     if args.entropy_coef:
         loss = loss - args.entropy_coef * entropy(logits)
     match args.kl:
-        case "loss-k1" | "loss-k2" | "loss-k3":
+        case "loss-k1" | "loss-k2" | "loss-k3":  # k1 as a loss does not pull: see kl_estimate
             loss = loss + beta * kl_estimate(logp, part["logp_ref"], args.kl[-2:])
         case "loss-full":
             with torch.no_grad():
