@@ -45,11 +45,8 @@ class Attention(nn.Module):
     def heads(self, x):
         """(B, T, C) -> queries, keys and values of every head, (B, H, T, D) each."""
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)                        # (B, T, C) each
-        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
-        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
-        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
-        return q, k, v
+        qkv = self.c_attn(x).split(C, dim=2)                            # (B, T, C) each
+        return [y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for y in qkv]
 
     def forward(self, x, visible):
         q, k, v = self.heads(x)
@@ -132,10 +129,9 @@ class GPT(nn.Module):
             assert mask.shape == tokens.shape
             positions = (mask.long().cumsum(1) - 1).clamp(min=0)        # (B, T)
             causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
-            visible = causal & mask.bool()[:, None]                     # (B, T, T)
-            # a pad sees itself, or it would be a softmax over nothing
-            visible = visible | torch.eye(T, dtype=torch.bool, device=tokens.device)
-            visible = visible[:, None]                                 # (B, 1, T, T), for all heads
+            # a pad sees itself, or its softmax would be over nothing
+            itself = torch.eye(T, dtype=torch.bool, device=tokens.device)
+            visible = (causal & mask.bool()[:, None] | itself)[:, None]  # (B, 1, T, T)
         x = self.wte(tokens) + self.wpe(positions)                      # (B, T, C)
         with self.precision():
             for block in self.h:
@@ -214,8 +210,8 @@ def fit(model, loss_of_step, steps, lr, report=lambda step, loss: None):
     Raises FloatingPointError when the loss is no longer a number."""
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), fused=True)
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / (0.05 * steps + 1), (steps - step) / (0.95 * steps))
+        warm_up, down = (step + 1) / (0.05 * steps + 1), (steps - step) / (0.95 * steps)
+        optimizer.param_groups[0]["lr"] = lr * min(warm_up, down)
         loss = loss_of_step(step)
         if (step + 1) % 50 == 0 or step + 1 == steps:  # seldom: a GPU has to stop for it
             report(step, loss.item())

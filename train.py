@@ -68,10 +68,10 @@ BEYOND = {  # not on the slides: from papers. The last columns: target, group, a
 
 
 # Slides "Policy Gradient Optimization", "Recap: REINFORCE" ----------------------------------------
-def reinforce(world, policy, args, report, resume=None):
+def reinforce(world, policy, args, log, resume=None):
     """Trains `policy` in place, by the row of the ladder that is in `args`, batch after batch.
 
-    Calls report(step, metrics, optimizer, beta) after each. resume(policy, optimizer) -> step, beta
+    Calls log(step, metrics, optimizer, beta) after each. resume(policy, optimizer) -> step, beta
     says where to begin. Raises FloatingPointError when something is no longer a number."""
     # 1. Initialize the network that parametrizes the agent: `policy`, and a frozen copy of it
     reference = copy.deepcopy(policy).requires_grad_(False)
@@ -100,9 +100,9 @@ def reinforce(world, policy, args, report, resume=None):
                 watched.append(torch.stack((*seen, norm)))
         metrics |= summarise(batch, torch.stack(watched), step, beta, args)
         if args.kl_target is not None:
-            n = args.batch_size  # a horizon of 500 trajectories, as a run is short
-            beta = adapt_beta(beta, metrics["kl"], args.kl_target, n, horizon=500)
-        report(step, metrics, optimizer, beta)
+            # a run is short, so is the horizon
+            beta = adapt_beta(beta, metrics["kl"], args.kl_target, args.batch_size, horizon=500)
+        log(step, metrics, optimizer, beta)
         # 5. Go back to 2.
 
 
@@ -110,11 +110,10 @@ def reinforce(world, policy, args, report, resume=None):
 def weights(world, reference, batch, beta, args):
     """What multiplies each log-prob, what V should learn, and log pi_ref, each (B, T)."""
     rewards, values, mask = batch["rewards"], batch["values"], batch["mask"]
-    parts = zip(*(x.tensor_split(args.minibatches) for x in batch.values()))  # what fits at once
-    parts = [dict(zip(batch, part)) for part in parts]
-    logp_ref = [log_probs(world.logits_and_values(reference, part)[0], part["actions"])
-                for part in parts]
-    logp_ref = torch.cat(logp_ref)                                      # (B, T)
+    rows = torch.arange(len(mask), device=mask.device).tensor_split(args.minibatches)
+    parts = [{name: x[i] for name, x in batch.items()} for i in rows]   # what fits at once
+    logp_ref = torch.cat([log_probs(world.logits_and_values(reference, part)[0], part["actions"])
+                          for part in parts])                           # (B, T)
     if args.kl == "reward":
         rewards = penalised_rewards(rewards, batch["logp_old"], logp_ref, beta)
     G = reward_to_go(rewards, mask, args.gamma, batch["last_value"])    # (B, T)
