@@ -7,13 +7,12 @@ The policy gradient is a sum of grad log pi(a_t | s_t) * weight_t. The ladder is
     TD error       delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)
     GAE            A_t = delta_t + gamma * lambda * A_{t+1}    a mixture, lambda says of what
 
-Rows of (B, T) tensors are trajectories, from column 0 on. mask is 1 on real steps, 0 on the padding
-after them, where anything may stand, NaN too. V(s_t) is the value of the state *before* action t.
-The state after the last step is worth `last_value` (B,): 0 (None) if the episode terminated, V of
-that state if only a time limit cut it off.
+Rows of (B, T) tensors are trajectories. mask is 1 on real steps, 0 on the padding after them, where
+anything may stand, NaN too. V(s_t) is the value of the state *before* action t. The state after the
+last step is worth `last_value` (B,): 0 (None) if the episode terminated, V of that state if only a
+time limit cut it off.
 Source: Sutton & Barto 2018; Schulman et al. 2015. Left out: the gamma^t in front of G_t in the
-gradient of a discounted J (nearly every code drops it; at gamma = 1 nothing is dropped).
-Run `python gae.py`: the recursion worked out on a trajectory of four steps.
+gradient of a discounted J (as nearly everywhere). Run `python gae.py`: four steps worked out.
 """
 import torch
 
@@ -128,18 +127,14 @@ def grpo_advantage(returns, group, eps=1e-6):
 
 if __name__ == "__main__":
     gamma, lam = 0.9, 0.8
-    rewards = torch.tensor([[0.0, -1.0, 0.0, 10.0]])
-    values = torch.tensor([[4.0, 6.0, 7.0, 8.0]])
+    rewards, values = torch.tensor([[[0.0, -1.0, 0.0, 10.0]], [[4.0, 6.0, 7.0, 8.0]]])
     mask = torch.ones(1, 4)
-    G = reward_to_go(rewards, mask, gamma)[0]
-    delta = td_error(rewards, values, mask, gamma)[0]
-    A = gae(rewards, values, mask, gamma, lam)[0]
+    G = reward_to_go(rewards, mask, gamma)
+    delta = td_error(rewards, values, mask, gamma)
+    A = gae(rewards, values, mask, gamma, lam)
     print(f"gamma = {gamma}, lambda = {lam}; the episode terminates, so V after it is 0\n")
     print("t   r_t  V(s_t)      G_t  G_t - V  delta_t    A_t = delta_t + gamma * lambda * A_{t+1}")
-    for t, (r, v) in enumerate(zip(rewards[0], values[0])):
-        print(f"{t} {r:5.1f} {v:7.1f} {G[t]:8.3f} {G[t] - v:8.3f} {delta[t]:8.3f}  {A[t]:5.3f} = "
-              f"{delta[t]:.3f} + {gamma} * {lam} * {A[t + 1] if t < 3 else 0:.3f}")
-    print(f"\nreturn of the trajectory: {discounted_return(rewards, mask, gamma).item():.3f} = G_0")
-    for n in range(1, 5):
-        first = n_step_advantage(n, rewards, values, mask, gamma)[0, 0]
-        print(f"{n}-step advantage of the first action: {first:.3f}")
+    for t, (r, v, g, d, a) in enumerate(torch.stack((rewards, values, G, delta, A), -1)[0]):
+        later = A[0, t + 1] if t < 3 else 0.0
+        print(f"{t} {r:5.1f} {v:7.1f} {g:8.3f} {g - v:8.3f} {d:8.3f}  {a:5.3f} = "
+              f"{d:.3f} + {gamma} * {lam} * {later:.3f}")

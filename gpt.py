@@ -6,7 +6,7 @@ One body, three linear heads. h_t is the hidden state after reading tokens 0..t:
     reward  r(x, y)        = w_r . h + b_r    how good the answer is (read at its last token)
 
 Source: GPT-2 (Radford et al. 2019); the heads: Ziegler et al. 2019, Stiennon et al. 2020.
-Left out: dropout (sampled and re-scored log-probs would differ), top-k and top-p, the cache of keys
+Left out: dropout (sampled and re-scored log-probs would differ), top-k and top-p, a cache of keys
 and values (lab/fast.py samples the same tokens with one).
 Letters: B sequences, T tokens, V vocabulary, C channels, H heads, D = C / H, P tokens of a prompt.
 Run `python gpt.py`: a GPT learns one sentence by heart and says it.
@@ -33,8 +33,23 @@ class GPTConfig:
     bf16: bool = False     # matrix products in bfloat16; weights, sums, losses in float32
 
 
+def attention(q, k, v, visible=None, fused=True):
+    """softmax(q k^T / sqrt(D)) v: from every token the mean of what it looks at, by likeness.
+
+    q, k, v (B, H, T, D); visible (B, 1, T, T), None: each token sees itself and all before it.
+    Returns (B, H, T, D)."""
+    if fused:  # one kernel does what is written out below
+        return F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None)
+    T, D = q.shape[2:]
+    if visible is None:
+        visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    scores = q @ k.transpose(2, 3) / math.sqrt(D)                       # (B, H, T, T)
+    scores = scores.masked_fill(~visible, -math.inf)
+    return scores.softmax(-1) @ v                                       # (B, H, T, D)
+
+
 class Attention(nn.Module):
-    """Causal self-attention (Vaswani et al. 2017): a token looks at itself and those before it."""
+    """Causal self-attention with H heads (Vaswani et al. 2017)."""
 
     def __init__(self, config):
         super().__init__()
@@ -50,8 +65,7 @@ class Attention(nn.Module):
 
     def forward(self, x, visible):
         q, k, v = self.heads(x)
-        # y = softmax(q k^T / sqrt(D)) v, over what is visible: (B, 1, T, T), or None for all before
-        y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None)
+        y = attention(q, k, v, visible)                                 # (B, H, T, D)
         y = y.transpose(1, 2).reshape(x.shape)                          # (B, T, C)
         return self.c_proj(y)
 
@@ -141,7 +155,7 @@ class GPT(nn.Module):
     def logits(self, h):
         """(.., C) -> (.., V): scores of the next token; the embeddings are the weights (tied)."""
         with self.precision():
-            return F.linear(h, self.wte.weight)[..., :self.config.vocab_size]
+            return F.linear(h, self.wte.weight)[..., :self.config.vocab_size].to(h.dtype)
 
     def value(self, h):
         """(.., C) -> (..): V(s), the return expected from here on, in units of reward."""
@@ -155,29 +169,29 @@ class GPT(nn.Module):
 # Slide "RL Setting for LLMs" ----------------------------------------------------------------------
 class Sample(NamedTuple):
     """What `generate` returns; T is the longest answer of the batch. All (B, T)."""
-    tokens: torch.Tensor  # a_t, the pad after the end
-    mask: torch.Tensor    # bool, True up to the end token, which counts: stopping is an action too
-    logp: torch.Tensor    # log pi(a_t | s_t) in nats, 0 on padding
-    values: torch.Tensor  # V(s_t) of the state before a_t, 0 on padding
+    actions: torch.Tensor  # a_t, the pad after the end
+    mask: torch.Tensor     # bool, True up to the end token, which counts: stopping is an action too
+    logp: torch.Tensor     # log pi(a_t | s_t) in nats, 0 on padding
+    values: torch.Tensor   # V(s_t) of the state before a_t, 0 on padding
 
 
 @torch.no_grad()
 def generate(model, prompt, prompt_mask, max_new_tokens, end, temperature=1.0, generator=None):
     """Sample an answer a_0 .. a_{T-1} ~ pi(. | s_t) to each prompt; `end` is the token to end with.
 
-    prompt (B, P), left-padded, prompt_mask (B, P). Returns a `Sample`. Raises ValueError if prompt
-    and answer exceed the model's positions, FloatingPointError if the policy has diverged."""
-    B, P = prompt.shape
-    if P + max_new_tokens > model.config.n_positions:
-        raise ValueError(f"{P} + {max_new_tokens} tokens, {model.config.n_positions} positions")
-    pad = model.config.vocab_size  # the first token that is only read
+    prompt (B, P), prompt_mask (B, P), padded on the left, or ValueError; so, too, if prompt and
+    answer exceed the model's positions. FloatingPointError if the policy has diverged."""
+    (B, P), N = prompt.shape, model.config.n_positions
     tokens, mask = prompt, prompt_mask.bool()                           # (B, P), grow to (B, P + T)
+    if P + max_new_tokens > N or not mask[:, -1].all():
+        raise ValueError(f"{P} + {max_new_tokens} tokens in {N} positions, or pads on the right")
+    pad = model.config.vocab_size  # the first token that is only read
     alive = mask.new_ones(B)                                            # (B,)
     logp, values = [], []
     for t in range(max_new_tokens):
         h = model(tokens, mask)[:, -1]                                  # (B, C), the state s_t
         # softmax policy: pi(a | s_t) = softmax(logits / temperature)
-        logp_all = F.log_softmax(model.logits(h).float() / temperature, -1)  # (B, V)
+        logp_all = F.log_softmax(model.logits(h) / temperature, -1)  # (B, V)
         if not torch.isfinite(logp_all).all():
             raise FloatingPointError(f"token {t}: the policy's probabilities are no numbers")
         # sample a_t ~ pi(. | s_t)
@@ -201,7 +215,7 @@ def language_model_loss(model, tokens, learn):
     assert tokens.shape == learn.shape
     learn = learn[:, 1:].bool()                                         # (B, T - 1)
     h = model(tokens[:, :-1])[learn]                                    # (N, C), N tokens to learn
-    return F.cross_entropy(model.logits(h).float(), tokens[:, 1:][learn])
+    return F.cross_entropy(model.logits(h), tokens[:, 1:][learn])
 
 
 def fit(model, loss_of_step, steps, lr, report=lambda step, loss: None):
@@ -228,12 +242,13 @@ if __name__ == "__main__":
     sentence = "A policy is a language model that is paid for its answers."
     end = 256  # a token for each byte, and one for the end
     tokens = torch.tensor([[*sentence.encode(), end]])                  # (1, T)
-    learned = torch.ones_like(tokens, dtype=torch.bool)                 # (1, T)
+    learned = torch.ones_like(tokens)                                   # (1, T)
     model = GPT(GPTConfig(vocab_size=257, n_layer=2))
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; loss before training "
-          f"{language_model_loss(model, tokens, learned):.2f}, ln V = {math.log(257):.2f}")
+    loss = language_model_loss(model, tokens, learned).item()
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; loss {loss:.2f}, "
+          f"ln V = {math.log(257):.2f}")
     fit(model, lambda step: language_model_loss(model, tokens, learned), steps=100, lr=3e-3)
     print(f"after 100 steps {language_model_loss(model, tokens, learned):.3f}")
-    prompt = tokens[:, :8]                                              # (1, 8)
-    said = generate(model, prompt, learned[:, :8], 60, end).tokens[0].tolist()
-    print("it says:", bytes(prompt[0].tolist() + said[:-1]).decode(errors="replace"))
+    prompt, mask = tokens[:, :8], learned[:, :8]                        # (1, 8) each
+    said = generate(model, prompt, mask, 60, end).actions[0, :-1].tolist()
+    print("it says:", bytes(prompt[0].tolist() + said).decode(errors="replace"))

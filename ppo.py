@@ -166,15 +166,12 @@ def explained_variance(values, target, mask):
 
 
 if __name__ == "__main__":
-    eps = 0.2
-    print(f"clipped objective, eps = {eps}; its slope in log pi is 0 where the clip acts\n")
+    print("clipped objective, eps = 0.2; its slope in log pi is 0 where the clip acts\n")
     print("ratio     A = +1   slope     A = -1   slope")
     for ratio in (0.5, 0.7, 0.79, 0.81, 1.0, 1.19, 1.21, 1.5, 2.0):
-        row = f"{ratio:5.2f}"
-        for adv in (torch.tensor(1.0), torch.tensor(-1.0)):
-            logp = torch.tensor(ratio).log().requires_grad_()
-            objective = -clipped_loss(logp, torch.tensor(0.0), adv, eps)
-            slope, = torch.autograd.grad(objective, logp)
-            row += f"  {objective.item():9.2f} {slope.item():7.2f}"
-        print(row)
+        logp = torch.tensor([ratio, ratio]).log().requires_grad_()
+        objective = -clipped_loss(logp, torch.zeros(2), torch.tensor([1.0, -1.0]), eps=0.2)
+        slope, = torch.autograd.grad(objective.sum(), logp)
+        up, down = (f"{y:9.2f} {dy:7.2f}" for y, dy in zip(objective.tolist(), slope))
+        print(f"{ratio:5.2f}  {up}  {down}")
     print("\nA > 0: no gain above 1 + eps. A < 0: none below 1 - eps. A loss always counts.")

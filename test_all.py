@@ -549,13 +549,23 @@ def test_the_network_is_gpt_2_and_padding_on_either_side_changes_nothing():
     close(mlp(randn(16)) - mlp.c_proj.bias, [0.8411919906] * 16, 1e-9)
 
 
-def test_in_bfloat16_the_model_says_nearly_the_same_and_h_and_values_are_float32():
+def test_attention_written_out_and_attention_in_one_kernel_are_equal():
+    """Value and gradient, causal or with a mask of one's own."""
+    q, k, v = randn(3, B, 2, T, V).requires_grad_()
+    for visible in (None, (randn(B, 1, T, T) > 0) | torch.eye(T).bool()):
+        written, fused = (gpt.attention(q, k, v, visible, x) for x in (False, True))
+        close(written, fused)
+        for x in (q, k, v):
+            close(slope(written.sin().sum(), x), slope(fused.sin().sum(), x))
+
+
+def test_in_bfloat16_the_model_says_nearly_the_same_and_what_it_returns_is_float32():
     """Only matrix products are rounded."""
     model, tokens = tiny_gpt(noise=0.1), torch.stack(random_rows(9, 9))
     exact = model.logits(model(tokens))
     model.config.bf16 = True
     h = model(tokens)
-    assert h.dtype == model.value(h).dtype == torch.float32
+    assert h.dtype == model.value(h).dtype == model.logits(h).dtype == torch.float32
     assert 0 < (model.logits(h) - exact).abs().max() < 0.05
 
 
@@ -646,8 +656,8 @@ def test_an_answer_is_masked_in_up_to_its_end_token_and_scored_as_in_one_forward
         close(logp[:n], pi[torch.arange(n), tokens[:n]].log(), 1e-5)
         close(values[:n], h @ model.value_head.weight[0] + model.value_head.bias, 1e-5)
         assert not logp[n:].any() and not values[n:].any()
-    assert max(lengths) == sample.tokens.shape[1]  # as many columns as the longest answer needs
-    assert len(set(lengths)) >= 3 if limit == 28 else not (sample.tokens == END).any(1).all()
+    assert max(lengths) == sample.actions.shape[1]  # as many columns as the longest answer needs
+    assert len(set(lengths)) >= 3 if limit == 28 else not (sample.actions == END).any(1).all()
 
 
 def test_tokens_are_drawn_from_the_softmax_that_scores_them_at_the_same_temperature():
@@ -669,8 +679,12 @@ def test_an_answer_that_cannot_fit_and_a_policy_that_has_diverged_are_refused():
     """Prompt and answer share the model's 32 positions; what is no number is no probability."""
     model, prompt = tiny_gpt(), torch.zeros(1, 4, dtype=torch.long)
     generate(model, prompt, ones(1, 4), 28, END)
-    with pytest.raises(ValueError):
-        generate(model, prompt, ones(1, 4), 29, END)
+    on_the_right = torch.tensor([[True, True, True, False]])
+    for bad in ((ones(1, 4), 29), (on_the_right, 2)):
+        with pytest.raises(ValueError):
+            generate(model, prompt, *bad, END)
+        with pytest.raises(ValueError):
+            fast.generate(model, prompt, *bad, END)
     model.wte.weight[7] = NAN
     with pytest.raises(FloatingPointError):
         generate(model, prompt, ones(1, 4), 2, END)
@@ -1360,7 +1374,7 @@ def learned(algo, loop=reinforce, **changed):
 def test_the_loop_that_is_pasted_into_an_empty_file_runs_alone(algo):
     """With torch, the functions named at its top, and a world of your own."""
     ladder = re.search(r"^LADDER = \{.*?^\}", inspect.getsource(train), re.M | re.S)[0]
-    functions = [train.Algorithm, train.reinforce, train.weights, train.total_loss,
+    functions = [train.Algorithm, train.reinforce, train.learning_signal, train.total_loss,
                  train.make_optimizer, train.anneal, train.summarise,
                  *(call[0] for call in calls(MASK) if call[0] is not bradley_terry_loss)]
     names = dict(torch=torch, copy=copy, math=math, NamedTuple=NamedTuple, Optional=Optional)

@@ -76,28 +76,28 @@ def reinforce(world, policy, args, log, resume=None):
     # 1. Initialize the network that parametrizes the agent: `policy`, and a frozen copy of it
     reference = copy.deepcopy(policy).requires_grad_(False)
     optimizer = make_optimizer(policy, args)
+    body = optimizer.param_groups[0]["params"]  # all but the value head
     first, beta = resume(policy, optimizer) if resume else (0, args.beta)
     for step in range(first, args.steps):
         anneal(optimizer, step, args)
         # 2. Sample a number of trajectories and rewards with the current network
         batch, metrics = world.sample(policy, args.batch_size, args.group, step)
         # Slide "Off-Policy Learning": of the policy that sampled only its logp_old is stored
-        batch |= weights(world, reference, batch, beta, args)  # and weight, target, logp_ref
+        batch |= learning_signal(world, reference, batch, beta, args)
         watched = []
         for epoch in range(args.epochs):
             order = torch.randperm(args.batch_size, generator=world.stream("order", step, epoch),
                                    device=batch["mask"].device)         # (B,)
             for rows in order.tensor_split(args.minibatches):
-                part = {name: x[rows] for name, x in batch.items()}
+                minibatch = {name: x[rows] for name, x in batch.items()}
                 # 3. Use the samples to calculate an approximation of the policy gradient
-                loss, seen = total_loss(world, policy, reference, part, beta, args)
+                loss, stats = total_loss(world, policy, reference, minibatch, beta, args)
                 optimizer.zero_grad()
                 loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"],
-                                                      args.max_grad_norm)  # inf: only measured
+                norm = torch.nn.utils.clip_grad_norm_(body, args.max_grad_norm)  # inf: measured
                 # 4. Run stochastic gradient ascent on the return: descent on its negative
                 optimizer.step()
-                watched.append(torch.stack((*seen, norm)))
+                watched.append(torch.stack((*stats, norm)))             # (3,)
         metrics |= summarise(batch, torch.stack(watched), step, beta, args)
         if args.kl_target is not None:
             # a run is short, so is the horizon
@@ -107,17 +107,17 @@ def reinforce(world, policy, args, log, resume=None):
 
 
 @torch.no_grad()
-def weights(world, reference, batch, beta, args):
+def learning_signal(world, reference, batch, beta, args):
     """What multiplies each log-prob, what V should learn, and log pi_ref, each (B, T)."""
     rewards, values, mask = batch["rewards"], batch["values"], batch["mask"]
     rows = torch.arange(len(mask), device=mask.device).tensor_split(args.minibatches)
-    parts = [{name: x[i] for name, x in batch.items()} for i in rows]   # what fits at once
-    logp_ref = torch.cat([log_probs(world.logits_and_values(reference, part)[0], part["actions"])
-                          for part in parts])                           # (B, T)
+    some = [{name: x[i] for name, x in batch.items()} for i in rows]    # what fits at once
+    logp_ref = torch.cat([log_probs(world.logits_and_values(reference, x)[0], x["actions"])
+                          for x in some])                               # (B, T)
     if args.kl == "reward":
         rewards = penalised_rewards(rewards, batch["logp_old"], logp_ref, beta)
     G = reward_to_go(rewards, mask, args.gamma, batch["last_value"])    # (B, T)
-    R = discounted_return(rewards, mask, args.gamma)                    # (B,)
+    R = discounted_return(rewards, mask, args.gamma)  # (B,), of what was seen: no last_value
     match args.weight:
         case "return":        # sum_t gamma^t r_t
             weight = R[:, None].expand_as(G)
@@ -136,34 +136,35 @@ def weights(world, reference, batch, beta, args):
     return {"weight": weight, "target": G, "logp_ref": logp_ref}
 
 
-def total_loss(world, policy, reference, part, beta, args):
-    """What an update minimises on the trajectories `part`, a scalar, and what the log watches."""
-    logits, values = world.logits_and_values(policy, part)              # (B, T, V), (B, T)
-    logp, logp_old = log_probs(logits, part["actions"]), part["logp_old"]  # (B, T) each
+def total_loss(world, policy, reference, batch, beta, args):
+    """What an update minimises on some trajectories, a scalar, and what the log watches."""
+    logits, values = world.logits_and_values(policy, batch)             # (B, T, V), (B, T)
+    logp, logp_old = log_probs(logits, batch["actions"]), batch["logp_old"]  # (B, T) each
+    weight, mask = batch["weight"], batch["mask"]                       # (B, T) each
     match args.loss:
         case "policy-gradient":  # -log pi(a_t | s_t) * weight_t
-            loss = policy_gradient_loss(logp, part["weight"])           # (B, T)
+            loss = policy_gradient_loss(logp, weight)                   # (B, T)
         case "importance":       # -ratio_t * A_t
-            loss = importance_loss(logp, logp_old, part["weight"])      # (B, T)
+            loss = importance_loss(logp, logp_old, weight)              # (B, T)
         case "clipped":          # -min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t)
-            loss = clipped_loss(logp, logp_old, part["weight"], args.clip)  # (B, T)
+            loss = clipped_loss(logp, logp_old, weight, args.clip)      # (B, T)
     # Overall, minimised: -L_policy + c1 L_VF - c2 L_entropy; `loss` is -L_policy already
     if args.weight in ("baseline", "gae"):
-        loss = loss + args.vf_coef * value_loss(values, part["target"])
+        loss = loss + args.vf_coef * value_loss(values, batch["target"])
     if args.entropy_coef:
         loss = loss - args.entropy_coef * entropy(logits)
     match args.kl:
         case "loss-k1" | "loss-k2" | "loss-k3":  # k1 as a loss does not pull: see kl_estimate
-            loss = loss + beta * kl_estimate(logp, part["logp_ref"], args.kl[-2:])
+            loss = loss + beta * kl_estimate(logp, batch["logp_ref"], args.kl[-2:])
         case "loss-full":
             with torch.no_grad():
-                logits_ref, _ = world.logits_and_values(reference, part)  # (B, T, V)
+                logits_ref, _ = world.logits_and_values(reference, batch)  # (B, T, V)
             loss = loss + beta * full_kl(logits, logits_ref)
     with torch.no_grad():  # means over tokens, for the log
         outside = ((logp - logp_old).exp() - 1).abs() > args.clip       # (B, T)
-        seen = (outside.float(), kl_estimate(logp_old, logp, "k3"))     # KL(pi_old || pi)
-        seen = [average(x, part["mask"], "token") for x in seen]
-    return average(loss, part["mask"], args.average), seen
+        moved = kl_estimate(logp_old, logp, "k3")                       # KL(pi_old || pi)
+        stats = [average(x, mask, "token") for x in (outside.float(), moved)]
+    return average(loss, mask, args.average), stats
 
 
 def make_optimizer(policy, args):

@@ -90,7 +90,7 @@ class Chat:
         P = batch["prompt"].shape[1]
         h = policy(*question_and_answer(batch))                         # (B, P + T, C)
         h = h[:, P - 1:-1]  # shifted by one: the hidden state at t - 1 chose token t
-        return policy.logits(h / self.temperature).float(), policy.value(h)
+        return policy.logits(h / self.temperature), policy.value(h)
 
     def refresh(self, policy, B, step, batches=4):
         """Slide "Recap: REINFORCE": the labeller compares new answers, the judge is retrained."""

@@ -159,8 +159,8 @@ EXERCISES = [
     Exercise("train.py", "reference = copy.deepcopy(policy).requires_grad_(False)",
              "reference = policy", "the reference is no copy, it learns too", "our_loop",
              "the KL is 0 for ever; the rest is a run without one"),
-    Exercise("train.py", '= log_probs(logits, part["actions"]), part["logp_old"]',
-             '= [log_probs(logits, part["actions"])] * 2',
+    Exercise("train.py", '= log_probs(logits, batch["actions"]), batch["logp_old"]',
+             '= [log_probs(logits, batch["actions"])] * 2',
              "the ratio is always 1", "the_loop_is", "as without any ratio: clip_fraction is 0"),
 ]
 

@@ -102,7 +102,7 @@ def rl_iteration(name, B, P, N):
         "fast": partial(fast.generate, *given), "plain": partial(gpt.generate, *given),
         "sample": lambda: chat.sample(policy, B, 1, 0),
         "advantages": lambda: (train.reward_to_go(r, mask), train.gae(r, batch["values"], mask)),
-        "weights": lambda: train.weights(chat, policy, batch, 0.1, args),
+        "weights": lambda: train.learning_signal(chat, policy, batch, 0.1, args),
         "all": lambda: train.reinforce(chat, policy, args, lambda *log: None)})
     what = f"RL iteration, {name}, {B} x ({P} + {N})"
     note(f"{what}, rollout", s["fast"], "s")

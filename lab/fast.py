@@ -73,14 +73,14 @@ class Decoder:
                 q, k, v = block.attn.heads(block.ln_1(x))               # (B, H, T, D) each
                 cache.index_copy_(3, columns, torch.stack((k, v)))
                 k, v = cache[:, :, :, :visible.shape[-1]]               # (B, H, P + t, D) each
-                y = F.scaled_dot_product_attention(q, k, v, visible)    # (B, H, T, D)
+                y = gpt.attention(q, k, v, visible)                     # (B, H, T, D)
                 x = x + block.attn.c_proj(y.transpose(1, 2).reshape(x.shape))
                 x = x + block.mlp(block.ln_2(x))                        # (B, T, C)
         return self.model.ln_f(x[:, -1])
 
     def draw(self, h):
         """Draw a_t ~ pi(. | s_t); it, its log-prob and V(s_t) become column t of the answers."""
-        logits = self.model.logits(h).float() / self.temperature        # (B, V)
+        logits = self.model.logits(h) / self.temperature        # (B, V)
         logp_all = F.log_softmax(logits, -1)                            # (B, V)
         # A race: with noise q_a ~ Exp(1), token a arrives at time q_a / p_a ~ Exp(p_a), and it is
         # the first with probability p_a / sum(p) = p_a. So does torch.multinomial, which also makes
@@ -130,8 +130,8 @@ def generate(model, prompt, prompt_mask, max_new_tokens, end, temperature=1.0, g
 
     A GPU looks only every 16 tokens whether all have ended, and draws noise for up to 15 more."""
     (B, P), N = prompt.shape, max_new_tokens
-    if P + N > model.config.n_positions:
-        raise ValueError(f"{P} + {N} tokens, {model.config.n_positions} positions")
+    if P + N > model.config.n_positions or not prompt_mask[:, -1].all():
+        raise ValueError(f"{P} + {N} tokens in {model.config.n_positions} positions, or pads right")
     pad = model.config.vocab_size
     on_gpu = prompt.is_cuda
     more = -(P + N) % 8 if on_gpu else 0  # so prompts of all lengths share a few graphs
