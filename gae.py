@@ -56,11 +56,10 @@ def td_error(rewards, values, mask, gamma=1.0, last_value=None):
     """TD error: delta_t = r_t + gamma * V(s_{t+1}) - V(s_t). Shapes as in `gae`. Returns (B, T)."""
     assert rewards.shape == values.shape == mask.shape
     mask = mask.bool()
-    # V(s_{t+1}) is the next column, and after the last real step `last_value`
-    goes_on = torch.cat((mask[:, 1:], torch.zeros_like(mask[:, :1])), 1)  # (B, T)
-    after = values.new_zeros(len(values)) if last_value is None else last_value  # (B,)
-    next_value = torch.where(goes_on, values.roll(-1, 1), after[:, None])  # (B, T)
-    return torch.where(mask, rewards + gamma * next_value - values, 0)
+    end = values.new_zeros(len(values), 1) if last_value is None else last_value[:, None]  # (B, 1)
+    # behind the last real step stands `last_value`
+    V = torch.cat((torch.where(mask, values, end), end), 1)             # (B, T + 1)
+    return torch.where(mask, rewards + gamma * V[:, 1:] - V[:, :-1], 0)
 
 
 def n_step_advantage(n, rewards, values, mask, gamma=1.0, last_value=None):
@@ -69,16 +68,13 @@ def n_step_advantage(n, rewards, values, mask, gamma=1.0, last_value=None):
     Where the trajectory ends earlier, so does the sum. Shapes as in `gae`. Returns (B, T)."""
     assert n >= 1 and rewards.shape == values.shape == mask.shape
     mask = mask.bool()
-    B, T = rewards.shape
-    V = torch.cat((torch.where(mask, values, 0), values.new_zeros(B, 1)), 1)  # (B, T + 1)
-    if last_value is not None:  # the state after the last real step
-        V[torch.arange(B, device=V.device), mask.sum(1)] = last_value
-    # n steps: r_t + gamma * (n - 1 steps from s_{t+1}); 0 steps: V, on padding last_value
-    ret = V                                                             # (B, T + 1)
-    for _ in range(min(n, T)):
-        longer = torch.where(mask, rewards + gamma * ret[:, 1:], ret[:, :-1])  # (B, T)
-        ret = torch.cat((longer, ret[:, -1:]), 1)                       # (B, T + 1)
-    return torch.where(mask, ret[:, :-1] - values, 0)
+    end = values.new_zeros(len(values), 1) if last_value is None else last_value[:, None]  # (B, 1)
+    # n steps: r_t + gamma * (n - 1 steps from s_{t+1}); 0 steps: V(s_t), `last_value` at the end
+    ret = torch.where(mask, values, end)                                # (B, T)
+    for _ in range(min(n, rewards.shape[1])):
+        later = torch.cat((ret[:, 1:], end), 1)                         # (B, T)
+        ret = torch.where(mask, rewards + gamma * later, end)           # (B, T)
+    return torch.where(mask, ret - values, 0)
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95, last_value=None):
