@@ -16,20 +16,6 @@ from pathlib import Path
 from lab.own import read_jsonl
 
 
-def append(path, text):
-    """Append all of the text or nothing, on the disk when this returns: its (start, end) there."""
-    with open(path, "a+b", buffering=0) as file:
-        before = file.seek(0, os.SEEK_END)
-        file.seek(max(0, before - 1))
-        lead = "\n" if file.read() not in (b"", b"\n") and text else ""  # an editor's last line
-        data = (lead + text).encode()
-        if file.write(data) < len(data):
-            file.truncate(before)
-            raise OSError(f"{path}: no space is left for this label")
-        os.fsync(file.fileno())
-        return file.tell() - len(data), file.tell()
-
-
 def to_show(path, answers):
     """[(prompt, left, right)]: the pairs of `answers` not labelled in `path`. Raises DataError."""
     def form(row):
@@ -48,24 +34,24 @@ def to_show(path, answers):
 def label(path, answers):
     """Ask which answer of each pair is better; each label is on the disk before the next question.
 
-    Undo takes back labels of this sitting, unless somebody wrote behind. DataError, OSError."""
+    Was it the wrong key? Delete the last line of the file. Raises DataError, OSError."""
     shown = to_show(path, answers)
-    sitting = []  # of each label its start and end in the file
-    append(path, "")  # if it cannot be written, better now than after the first label
-    while len(sitting) < len(shown):
-        prompt, left, right = shown[len(sitting)]
-        print(f"\n{len(sitting) + 1}/{len(shown)}  {prompt}\n  left:  {left}\n  right: {right}")
-        key = input("better: [l]eft, [r]ight, [t]ie; [s]kip, [u]ndo, [q]uit: ").strip().lower()[:1]
-        both = [(left, right), (right, left)]
-        pairs = {"l": both[:1], "r": both[1:], "t": both, "s": []}
-        if key == "q":
-            break
-        if key == "u" and sitting and path.stat().st_size == sitting[-1][1]:
-            os.truncate(path, sitting.pop()[0])
-        elif key in pairs:
+    with open(path, "a", encoding="utf-8") as file:
+        before = path.read_bytes()
+        if before and not before.endswith(b"\n"):  # as an editor may have left it
+            file.write("\n")
+        for number, (prompt, left, right) in enumerate(shown, 1):
+            print(f"\n{number}/{len(shown)}  {prompt}\n  left:  {left}\n  right: {right}")
+            both, key = [(left, right), (right, left)], ""
+            pairs = {"l": both[:1], "r": both[1:], "t": both, "s": [], "q": []}
+            while key not in pairs:
+                key = input("better: [l]eft, [r]ight, [t]ie; [s]kip, [q]uit: ").strip().lower()[:1]
+            if key == "q":
+                break
             rows = [{"prompt": prompt, "chosen": w, "rejected": l} for w, l in pairs[key]]
-            sitting.append(append(path, "".join(json.dumps(row) + "\n" for row in rows)))
-    print(f"\n{sum(end > start for start, end in sitting)} of {len(shown)} pairs judged")
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def main(argv=None):
