@@ -1,9 +1,9 @@
 """A GPT-2-style transformer with a value head and a reward head, and sampling from it.
 
 One body, three linear heads. h_t is the hidden state after reading tokens 0..t:
-    policy  pi(a_t | s_t)  = softmax(W_e h)   which token next       (the language model itself)
-    value   V(s_t)         = w_v . h + b_v    which return to expect (read at every token)
-    reward  r(x, y)        = w_r . h + b_r    how good the answer is (read at its last token)
+    policy  pi(a | s_t) = softmax(W_e h / temperature)   which token next (the language model)
+    value   V(s_t)      = w_v . h + b_v                  which return to expect, at every token
+    reward  r(x, y)     = w_r . h + b_r                  how good the answer is, at its last token
 
 Source: GPT-2 (Radford et al. 2019); the heads: Ziegler et al. 2019, Stiennon et al. 2020.
 Left out: dropout (sampled and re-scored log-probs would differ), top-k and top-p, a cache of keys
@@ -34,18 +34,19 @@ class GPTConfig:
 
 
 def attention(q, k, v, visible=None, fused=True):
-    """softmax(q k^T / sqrt(D)) v: from every token the mean of what it looks at, by likeness.
+    """softmax(q k^T / sqrt(D)) v: a mean of the values, weighted by how well query and key match.
 
     q, k, v (B, H, T, D); visible (B, 1, T, T), None: each token sees itself and all before it.
     Returns (B, H, T, D)."""
-    if fused:  # one kernel does what is written out below
-        return F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None)
-    T, D = q.shape[2:]
-    if visible is None:
-        visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-    scores = q @ k.transpose(2, 3) / math.sqrt(D)                       # (B, H, T, T)
-    scores = scores.masked_fill(~visible, -math.inf)
-    return scores.softmax(-1) @ v                                       # (B, H, T, D)
+    if not fused:
+        T, D = q.shape[2:]
+        if visible is None:
+            visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+        scores = q @ k.transpose(2, 3) / math.sqrt(D)                   # (B, H, T, T)
+        scores = scores.masked_fill(~visible, -math.inf)
+        return scores.softmax(-1) @ v                                   # (B, H, T, D)
+    # the same in one kernel: faster, and no (T, T) scores in memory
+    return F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None)
 
 
 class Attention(nn.Module):
@@ -53,6 +54,7 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        assert config.n_embd % config.n_head == 0
         self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
@@ -122,6 +124,7 @@ class GPT(nn.Module):
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
         nn.init.zeros_(self.value_head.weight)  # V is the same in all states at first
+        # scores of size 1 at first
         nn.init.normal_(self.reward_head.weight, std=1 / math.sqrt(config.n_embd + 1))
 
     def precision(self):
@@ -136,6 +139,7 @@ class GPT(nn.Module):
         mask (B, T), 1 on real tokens: pads are not looked at and take no position, so padding on
         the left changes nothing. None: there are none on the left."""
         B, T = tokens.shape
+        assert T <= self.config.n_positions
         if mask is None:
             positions = torch.arange(T, device=tokens.device)           # (T,)
             visible = None
@@ -171,7 +175,7 @@ class Sample(NamedTuple):
     """What `generate` returns; T is the longest answer of the batch. All (B, T)."""
     actions: torch.Tensor  # a_t, the pad after the end
     mask: torch.Tensor     # bool, True up to the end token, which counts: stopping is an action too
-    logp: torch.Tensor     # log pi(a_t | s_t) in nats, 0 on padding
+    logp: torch.Tensor     # log pi(a_t | s_t) in nats, at the temperature, 0 on padding
     values: torch.Tensor   # V(s_t) of the state before a_t, 0 on padding
 
 
@@ -181,10 +185,12 @@ def generate(model, prompt, prompt_mask, max_new_tokens, end, temperature=1.0, g
 
     prompt (B, P), prompt_mask (B, P), padded on the left, or ValueError; so, too, if prompt and
     answer exceed the model's positions. FloatingPointError if the policy has diverged."""
-    (B, P), N = prompt.shape, model.config.n_positions
+    B, P = prompt.shape
     tokens, mask = prompt, prompt_mask.bool()                           # (B, P), grow to (B, P + T)
-    if P + max_new_tokens > N or not mask[:, -1].all():
-        raise ValueError(f"{P} + {max_new_tokens} tokens in {N} positions, or pads on the right")
+    if P + max_new_tokens > model.config.n_positions:
+        raise ValueError(f"{P} + {max_new_tokens} tokens, {model.config.n_positions} positions")
+    if not mask[:, -1].all():
+        raise ValueError("prompts must be padded on the left")
     pad = model.config.vocab_size  # the first token that is only read
     alive = mask.new_ones(B)                                            # (B,)
     logp, values = [], []
@@ -193,7 +199,7 @@ def generate(model, prompt, prompt_mask, max_new_tokens, end, temperature=1.0, g
         # softmax policy: pi(a | s_t) = softmax(logits / temperature)
         logp_all = F.log_softmax(model.logits(h) / temperature, -1)  # (B, V)
         if not torch.isfinite(logp_all).all():
-            raise FloatingPointError(f"token {t}: the policy's probabilities are no numbers")
+            raise FloatingPointError(f"token {t}: the policy's probabilities are not finite")
         # sample a_t ~ pi(. | s_t)
         action = torch.multinomial(logp_all.exp(), 1, generator=generator)  # (B, 1)
         logp.append(logp_all.gather(1, action)[:, 0] * alive)

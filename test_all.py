@@ -1374,8 +1374,9 @@ def learned(algo, loop=reinforce, **changed):
 def test_the_loop_that_is_pasted_into_an_empty_file_runs_alone(algo):
     """With torch, the functions named at its top, and a world of your own."""
     ladder = re.search(r"^LADDER = \{.*?^\}", inspect.getsource(train), re.M | re.S)[0]
-    functions = [train.Algorithm, train.reinforce, train.learning_signal, train.total_loss,
-                 train.make_optimizer, train.anneal, train.summarise,
+    functions = [train.Algorithm, train.reinforce, train.learning_signal,
+                 train.reference_log_probs, train.total_loss, train.make_optimizer,
+                 train.anneal, train.summarise,
                  *(call[0] for call in calls(MASK) if call[0] is not bradley_terry_loss)]
     names = dict(torch=torch, copy=copy, math=math, NamedTuple=NamedTuple, Optional=Optional)
     for source in (*map(inspect.getsource, functions), ladder):

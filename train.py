@@ -83,14 +83,15 @@ def reinforce(world, policy, args, log, resume=None):
         # 2. Sample a number of trajectories and rewards with the current network
         batch, metrics = world.sample(policy, args.batch_size, args.group, step)
         # Slide "Off-Policy Learning": of the policy that sampled only its logp_old is stored
+        # 3. Use the samples to calculate an approximation of the policy gradient: the weights,
         batch |= learning_signal(world, reference, batch, beta, args)
         watched = []
         for epoch in range(args.epochs):
             order = torch.randperm(args.batch_size, generator=world.stream("order", step, epoch),
                                    device=batch["mask"].device)         # (B,)
-            for rows in order.tensor_split(args.minibatches):
+            for rows in order.tensor_split(args.minibatches):  # with one epoch all rows at once
                 minibatch = {name: x[rows] for name, x in batch.items()}
-                # 3. Use the samples to calculate an approximation of the policy gradient
+                # and the loss whose gradient it is
                 loss, stats = total_loss(world, policy, reference, minibatch, beta, args)
                 optimizer.zero_grad()
                 loss.backward()
@@ -100,7 +101,7 @@ def reinforce(world, policy, args, log, resume=None):
                 watched.append(torch.stack((*stats, norm)))             # (3,)
         metrics |= summarise(batch, torch.stack(watched), step, beta, args)
         if args.kl_target is not None:
-            # a run is short, so is the horizon
+            # the usual horizon of 10,000 trajectories is more than a whole run here
             beta = adapt_beta(beta, metrics["kl"], args.kl_target, args.batch_size, horizon=500)
         log(step, metrics, optimizer, beta)
         # 5. Go back to 2.
@@ -110,10 +111,7 @@ def reinforce(world, policy, args, log, resume=None):
 def learning_signal(world, reference, batch, beta, args):
     """What multiplies each log-prob, what V should learn, and log pi_ref, each (B, T)."""
     rewards, values, mask = batch["rewards"], batch["values"], batch["mask"]
-    rows = torch.arange(len(mask), device=mask.device).tensor_split(args.minibatches)
-    some = [{name: x[i] for name, x in batch.items()} for i in rows]    # what fits at once
-    logp_ref = torch.cat([log_probs(world.logits_and_values(reference, x)[0], x["actions"])
-                          for x in some])                               # (B, T)
+    logp_ref = reference_log_probs(world, reference, batch, args)       # (B, T)
     if args.kl == "reward":
         rewards = penalised_rewards(rewards, batch["logp_old"], logp_ref, beta)
     G = reward_to_go(rewards, mask, args.gamma, batch["last_value"])    # (B, T)
@@ -134,6 +132,15 @@ def learning_signal(world, reference, batch, beta, args):
     if args.whiten:
         weight = whiten(weight, mask)
     return {"weight": weight, "target": G, "logp_ref": logp_ref}
+
+
+def reference_log_probs(world, reference, batch, args):
+    """log pi_ref(a_t | s_t) (B, T), no more rows at once than in an update: they fit in memory."""
+    mask = batch["mask"]
+    rows = torch.arange(len(mask), device=mask.device).tensor_split(args.minibatches)
+    some = [{name: x[i] for name, x in batch.items()} for i in rows]
+    return torch.cat([log_probs(world.logits_and_values(reference, x)[0], x["actions"])
+                      for x in some])
 
 
 def total_loss(world, policy, reference, batch, beta, args):
@@ -178,7 +185,7 @@ def make_optimizer(policy, args):
 
 
 def anneal(optimizer, step, args):
-    """The learning rates of this step: they fall linearly to 0, or noise has the last word."""
+    """The learning rates of this step: they fall linearly to 0, and with them the noise."""
     for group, lr in zip(optimizer.param_groups, (args.lr, args.value_lr)):
         group["lr"] = lr * (1 - step / args.steps)
 
@@ -242,7 +249,7 @@ FLAGS = {  # type or choices, default on language, in the grid (...: there is no
         "entropy-coef": (AMOUNT, 0.0, 0.0, "c2, weight of the entropy bonus"),
         "beta": (AMOUNT, 0.1, 5.0, "price of a nat of KL, in reward"),
         "temperature": (RATE, 0.7, 1.0, "of the policy: sampling and log-probs alike"),
-        "max-grad-norm": (NORM, math.inf, math.inf, "clip the gradient's norm"),
+        "max-grad-norm": (NORM, math.inf, math.inf, "clip the gradient's norm (V's head aside)"),
         "whiten": (bool, False, False, "whiten the weights: a baseline in disguise"),
         "optimizer": (("adam", "sgd"), "adam", "adam", "sgd is the slides' plain ascent"),
     },

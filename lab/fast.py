@@ -130,8 +130,10 @@ def generate(model, prompt, prompt_mask, max_new_tokens, end, temperature=1.0, g
 
     A GPU looks only every 16 tokens whether all have ended, and draws noise for up to 15 more."""
     (B, P), N = prompt.shape, max_new_tokens
-    if P + N > model.config.n_positions or not prompt_mask[:, -1].all():
-        raise ValueError(f"{P} + {N} tokens in {model.config.n_positions} positions, or pads right")
+    if P + N > model.config.n_positions:
+        raise ValueError(f"{P} + {N} tokens, {model.config.n_positions} positions")
+    if not prompt_mask[:, -1].all():
+        raise ValueError("prompts must be padded on the left")
     pad = model.config.vocab_size
     on_gpu = prompt.is_cuda
     more = -(P + N) % 8 if on_gpu else 0  # so prompts of all lengths share a few graphs
@@ -156,7 +158,7 @@ def generate(model, prompt, prompt_mask, max_new_tokens, end, temperature=1.0, g
     tokens, logp, values = (x[:, :mask.shape[1]].masked_fill(~mask, fill) for x, fill in (
         (decoder.tokens, pad), (decoder.logp, 0), (decoder.values, 0)))
     if not torch.isfinite(logp).all():
-        raise FloatingPointError("the policy's probabilities are no numbers")
+        raise FloatingPointError("the policy's probabilities are not finite")
     return gpt.Sample(tokens, mask, logp, values)
 
 
