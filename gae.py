@@ -19,7 +19,9 @@ import torch
 
 # Slide "RL Intro" ---------------------------------------------------------------------------------
 def discounted_return(rewards, mask, gamma=1.0):
-    """Return: R(tau) = sum_t gamma^t r_t, the first one undiscounted. All (B, T). Returns (B,)."""
+    """Return: R(tau) = sum_t gamma^t r_t, the first one undiscounted (the slide begins at gamma).
+
+    rewards, mask (B, T). Returns (B,)."""
     assert rewards.shape == mask.shape
     t = torch.arange(rewards.shape[1], device=rewards.device, dtype=rewards.dtype)  # (T,)
     return torch.where(mask.bool(), gamma ** t * rewards, 0).sum(1)
@@ -30,7 +32,7 @@ def reward_to_go(rewards, mask, gamma=1.0, last_value=None):
     """Reward-to-go: G_t = sum_{t' >= t} gamma^(t' - t) r_{t'}. It is what V(s_t) learns to predict.
 
     rewards, mask (B, T); last_value (B,) or None for 0. Returns (B, T), 0 on padding."""
-    assert rewards.shape == mask.shape
+    assert rewards.shape == mask.shape and rewards.is_floating_point()
     B, T = rewards.shape
     G = torch.zeros_like(rewards)                                       # (B, T)
     later = rewards.new_zeros(B) if last_value is None else last_value  # (B,)  G_{t+1}
@@ -44,7 +46,7 @@ def reward_to_go(rewards, mask, gamma=1.0, last_value=None):
 
 # Slide "Baseline Estimator" -----------------------------------------------------------------------
 def baseline_advantage(G, values, mask):
-    """Baseline: G_t - b(s_t) with b = V, which does not know the action: the mean gradient stays.
+    """Baseline: G_t - b(s_t), b = V. It does not know the action, so E[gradient] is unchanged.
 
     G, the reward-to-go, values, mask (B, T). Returns (B, T), 0 on padding."""
     assert G.shape == values.shape == mask.shape
@@ -80,10 +82,10 @@ def n_step_advantage(n, rewards, values, mask, gamma=1.0, last_value=None):
 def gae(rewards, values, mask, gamma=1.0, lam=0.95, last_value=None):
     """Generalized Advantage Estimation (Schulman et al. 2015): a mixture of all n-step advantages.
 
-    lambda = 0: the TD error, little variance, biased as V is wrong. lambda = 1: G_t - V(s_t).
+    lambda = 0: the TD error, little variance, as biased as V is wrong. lambda = 1: G_t - V(s_t).
     rewards, values (B, T) in units of reward, mask (B, T); last_value (B,) or None for 0.
     Returns (B, T), 0 on padding."""
-    assert rewards.shape == values.shape == mask.shape
+    assert rewards.shape == values.shape == mask.shape and rewards.is_floating_point()
     B, T = rewards.shape
     adv = torch.zeros_like(rewards)                                     # (B, T)
     later = rewards.new_zeros(B)                                        # (B,)  A_{t+1}

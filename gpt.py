@@ -36,8 +36,8 @@ class GPTConfig:
 def attention(q, k, v, visible=None, fused=True):
     """softmax(q k^T / sqrt(D)) v: a mean of the values, weighted by how well query and key match.
 
-    q, k, v (B, H, T, D); visible (B, 1, T, T), None: each token sees itself and all before it.
-    Returns (B, H, T, D)."""
+    q, k, v (B, H, T, D); visible (B, 1, T, T), True where a token may look, None: at itself and
+    all before it. Returns (B, H, T, D)."""
     if not fused:
         T, D = q.shape[2:]
         if visible is None:
@@ -137,7 +137,7 @@ class GPT(nn.Module):
         """Hidden states (B, T, C) of tokens (B, T), the input of all three heads.
 
         mask (B, T), 1 on real tokens: pads are not looked at and take no position, so padding on
-        the left changes nothing. None: there are none on the left."""
+        the left changes nothing. None: no padding on the left."""
         B, T = tokens.shape
         assert T <= self.config.n_positions
         if mask is None:
@@ -183,8 +183,8 @@ class Sample(NamedTuple):
 def generate(model, prompt, prompt_mask, max_new_tokens, end, temperature=1.0, generator=None):
     """Sample an answer a_0 .. a_{T-1} ~ pi(. | s_t) to each prompt; `end` is the token to end with.
 
-    prompt (B, P), prompt_mask (B, P), padded on the left, or ValueError; so, too, if prompt and
-    answer exceed the model's positions. FloatingPointError if the policy has diverged."""
+    prompt, prompt_mask (B, P). Returns a `Sample`. Raises ValueError unless prompts are padded on
+    the left and fit with their answers, FloatingPointError if the policy has diverged."""
     B, P = prompt.shape
     tokens, mask = prompt, prompt_mask.bool()                           # (B, P), grow to (B, P + T)
     if P + max_new_tokens > model.config.n_positions:

@@ -50,18 +50,19 @@ def policy_gradient_loss(logp, weight):
     """Policy gradient: grad J = E[sum_t grad log pi(a_t | s_t) * weight_t] (Williams 1992).
 
     logp, weight (B, T). The weight (return, reward-to-go, advantage) is a number, no path for
-    gradients: detach. Returns (B, T): a number without meaning, whose mean gradient is -grad J."""
+    gradients: detach. Returns (B, T), numbers without meaning, but E[grad average] = -grad J."""
     assert logp.shape == weight.shape
     return -logp * weight.detach()                                      # minus: torch minimises
 
 
 # Slide "(Off-Policy) Sampling Trajectories" -------------------------------------------------------
 def importance_loss(logp, logp_old, adv):
-    """Importance sampling: E_old[sum_t ratio_t A_t], for samples of an older policy.
+    """Importance sampling: minus ratio_t A_t, on samples of an older policy.
 
-    All (B, T), also what it returns. grad ratio = ratio * grad log pi: at ratio 1 the policy
-    gradient. One ratio a step, as in PPO: that earlier actions became more or less likely is left
-    out, so it is biased once the policies differ, and good while they are close."""
+    All (B, T), also what it returns. The ratio is one of probabilities (the slide divides logs);
+    grad ratio = ratio * grad log pi: at ratio 1 the policy gradient. One ratio a step, as in PPO:
+    that earlier actions became more or less likely is left out, so it is biased once the policies
+    differ, and good while they are close."""
     assert logp.shape == logp_old.shape == adv.shape
     ratio = torch.exp(logp - logp_old.detach())                         # (B, T)
     return -ratio * adv.detach()                                        # minus: torch minimises
@@ -81,7 +82,7 @@ def clipped_loss(logp, logp_old, adv, eps=0.2):
 
 
 def value_loss(values, target):
-    """Value function loss: 1/2 (V(s_t) - G_t)^2, the target G_t a fixed number. (B, T) each."""
+    """Value function loss: 1/2 (V(s_t) - G_t)^2, G_t a fixed number, from t on. (B, T) each."""
     assert values.shape == target.shape
     return 0.5 * (values - target.detach()) ** 2
 
@@ -137,7 +138,7 @@ def penalised_rewards(rewards, logp_old, logp_ref, beta):
 def adapt_beta(beta, kl, target, n, horizon=10_000):
     """Adaptive KL (Ziegler et al. 2019): beta *= 1 + clip(kl / target - 1, +-0.2) * n / horizon.
 
-    kl, target in nats a trajectory, n trajectories since the last call. Too far away: dearer."""
+    kl, target in nats a trajectory; n trajectories since the last call. Too much KL: beta up."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return beta * (1 + error * min(n / horizon, 1))  # min: a batch beyond the horizon flips no sign
 
@@ -157,7 +158,7 @@ def whiten(adv, mask, eps=1e-8):
 def explained_variance(values, target, mask):
     """1 - Var(G - V) / Var(G) over real steps: 1 is a perfect V, 0 no better than a constant.
 
-    Against the return: a target A + V would contain V itself. 0 where G is constant."""
+    G is the return: a target A + V would contain V, which then explains itself. G constant: 0."""
     G = target[mask.bool()]                                             # (N,)
     error = G - values[mask.bool()]                                     # (N,)
     if (G == G[:1]).all():

@@ -314,6 +314,7 @@ def test_the_return_leaves_the_first_reward_undiscounted():
     """R(tau) = sum_t gamma^t r_t with t from 0: 1 + 2/2 + 4/4 (+ 8/8) at gamma = 1/2."""
     rewards = torch.tensor([[1.0, 2.0, 4.0, NAN], [1.0, 2.0, 4.0, 8.0]])
     close(discounted_return(rewards, ~rewards.isnan(), 0.5), [3.0, 4.0])
+    close(discounted_return(torch.tensor([[1, 2, 4]]), ones(1, 3), 0.5), [3.0])
 
 
 # ===== Slide "RL Toy Example": the grid =====
@@ -829,6 +830,9 @@ def test_reward_to_go_sums_the_rewards_from_here_on():
     """G_t = sum_{t' >= t} gamma^(t' - t) r_t', then the value of the state it stopped in. With one
     reward at the end and gamma = 1, as in a language model, it is the return."""
     compare(lambda rewards, values, *rest: reward_to_go(rewards, *rest), to_go, GAMMA)
+    for function in (reward_to_go, lambda r, mask: gae(r, r, mask)):
+        with pytest.raises(AssertionError):  # integers would be rounded without a word
+            function(torch.ones(1, 3, dtype=torch.long), ones(1, 3))
     rewards = torch.tensor([[0, 0, 7.0, 0, 0], [0, 0, 0, 0, 8.0], [9.0, 0, 0, 0, 0]]) + JUNK
     close(discounted_return(rewards, MASK), [7, 8, 9])
     close(reward_to_go(rewards, MASK), [[7, 7, 7, 0, 0], [8, 8, 8, 8, 8], [9, 0, 0, 0, 0]])

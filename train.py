@@ -8,7 +8,7 @@
 The loop is the slide "Recap: REINFORCE" and never changes. An algorithm is a row of the table
 LADDER and differs from the row above in one column. A world (chat/env.py, gridworld.py) offers
     world.sample(policy, B, group, step) -> trajectories, a dictionary of tensors, and its log:
-        actions, mask, logp_old, values, rewards (B, T), last_value (B,), what it needs itself
+        actions, mask, logp_old, values, rewards (B, T), last_value (B,), and what the world needs
     world.logits_and_values(policy, trajectories) -> (B, T, V), (B, T)
     world.stream(..) -> a generator, all of its randomness
 Left out: several GPUs, early stopping, whatever changes nothing in the formulas.
@@ -82,20 +82,20 @@ def reinforce(world, policy, args, log, resume=None):
         anneal(optimizer, step, args)
         # 2. Sample a number of trajectories and rewards with the current network
         batch, metrics = world.sample(policy, args.batch_size, args.group, step)
-        # Slide "Off-Policy Learning": of the policy that sampled only its logp_old is stored
-        # 3. Use the samples to calculate an approximation of the policy gradient: the weights,
+        # Slide "Off-Policy Learning": the policy that sampled is not kept, only its logp_old
+        # 3. Use the samples to calculate an approximation of the policy gradient: first the weights
         batch |= learning_signal(world, reference, batch, beta, args)
         watched = []
         for epoch in range(args.epochs):
             order = torch.randperm(args.batch_size, generator=world.stream("order", step, epoch),
                                    device=batch["mask"].device)         # (B,)
-            for rows in order.tensor_split(args.minibatches):  # with one epoch all rows at once
+            for rows in order.tensor_split(args.minibatches):  # of one epoch: 1
                 minibatch = {name: x[rows] for name, x in batch.items()}
-                # and the loss whose gradient it is
+                # ... then the loss whose gradient it is
                 loss, stats = total_loss(world, policy, reference, minibatch, beta, args)
                 optimizer.zero_grad()
                 loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(body, args.max_grad_norm)  # inf: measured
+                norm = torch.nn.utils.clip_grad_norm_(body, args.max_grad_norm)  # inf: only told
                 # 4. Run stochastic gradient ascent on the return: descent on its negative
                 optimizer.step()
                 watched.append(torch.stack((*stats, norm)))             # (3,)

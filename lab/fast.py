@@ -73,7 +73,7 @@ class Decoder:
                 q, k, v = block.attn.heads(block.ln_1(x))               # (B, H, T, D) each
                 cache.index_copy_(3, columns, torch.stack((k, v)))
                 k, v = cache[:, :, :, :visible.shape[-1]]               # (B, H, P + t, D) each
-                y = gpt.attention(q, k, v, visible)                     # (B, H, T, D)
+                y = F.scaled_dot_product_attention(q, k, v, visible)    # (B, H, T, D)
                 x = x + block.attn.c_proj(y.transpose(1, 2).reshape(x.shape))
                 x = x + block.mlp(block.ln_2(x))                        # (B, T, C)
         return self.model.ln_f(x[:, -1])
