@@ -24,13 +24,14 @@ import torch.nn.functional as F
 @dataclass
 class GPTConfig:
     """Shape of the network."""
-    vocab_size: int = 512  # V, tokens that can be said; behind them stand those that are only read
+    vocab_size: int = 512  # V, tokens that can be said: 0 .. V - 1
     n_positions: int = 96  # longest sequence
     n_layer: int = 4
     n_head: int = 4        # H
     n_embd: int = 128      # C
-    read_only: int = 1     # tokens that are read and never said: the pad, and GPT-2's turns
+    read_only: int = 1     # tokens that are read and never said: V is the pad
     bf16: bool = False     # matrix products in bfloat16; weights, sums, losses in float32
+    fused: bool = True     # attention in one kernel, or an operation a line
 
 
 def attention(q, k, v, visible=None, fused=True):
@@ -55,7 +56,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         assert config.n_embd % config.n_head == 0
-        self.n_head = config.n_head
+        self.n_head, self.fused = config.n_head, config.fused
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
@@ -67,7 +68,7 @@ class Attention(nn.Module):
 
     def forward(self, x, visible):
         q, k, v = self.heads(x)
-        y = attention(q, k, v, visible)                                 # (B, H, T, D)
+        y = attention(q, k, v, visible, self.fused)                     # (B, H, T, D)
         y = y.transpose(1, 2).reshape(x.shape)                          # (B, T, C)
         return self.c_proj(y)
 
@@ -191,7 +192,7 @@ def generate(model, prompt, prompt_mask, max_new_tokens, end, temperature=1.0, g
         raise ValueError(f"{P} + {max_new_tokens} tokens, {model.config.n_positions} positions")
     if not mask[:, -1].all():
         raise ValueError("prompts must be padded on the left")
-    pad = model.config.vocab_size  # the first token that is only read
+    pad = model.config.vocab_size
     alive = mask.new_ones(B)                                            # (B,)
     logp, values = [], []
     for t in range(max_new_tokens):

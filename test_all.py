@@ -558,6 +558,11 @@ def test_attention_written_out_and_attention_in_one_kernel_are_equal():
         close(written, fused)
         for x in (q, k, v):
             close(slope(written.sin().sum(), x), slope(fused.sin().sum(), x))
+    model, (tokens, mask) = tiny_gpt().double(), pad_rows(random_rows(2, 6, 3), "left", 8)
+    h = model(tokens, mask)
+    for block in model.h:
+        block.attn.fused = False
+    close(model(tokens, mask), h)
 
 
 def test_in_bfloat16_the_model_says_nearly_the_same_and_what_it_returns_is_float32():
@@ -686,6 +691,10 @@ def test_an_answer_that_cannot_fit_and_a_policy_that_has_diverged_are_refused():
             generate(model, prompt, *bad, END)
         with pytest.raises(ValueError):
             fast.generate(model, prompt, *bad, END)
+    for broken in (lambda: model(torch.zeros(1, 33, dtype=torch.long)),
+                   lambda: GPT(GPTConfig(n_head=3))):
+        with pytest.raises(AssertionError):
+            broken()
     model.wte.weight[7] = NAN
     with pytest.raises(FloatingPointError):
         generate(model, prompt, ones(1, 4), 2, END)
