@@ -6,11 +6,10 @@ On a GPU a step is some hundred small kernels that take longer to launch than to
 recorded once, as a CUDA graph, and replayed with one launch. Hence all shapes are fixed, time and
 column are tensors, and nothing inside waits for the host.
 Left out: new prompts in the place of rows that have ended; those go on, and the surplus is cut off.
-Letters as in gpt.py; N is the most tokens of an answer. Run `python -m lab.fast`: tokens/s of both.
+Letters as in gpt.py; N is the most tokens of an answer. Tokens/s of both: `python -m figures.speed`.
 """
 import copy
 import functools
-import time
 import warnings
 
 import torch
@@ -160,15 +159,3 @@ def generate(model, prompt, prompt_mask, max_new_tokens, end, temperature=1.0, g
     if not torch.isfinite(logp).all():
         raise FloatingPointError("the policy's probabilities are not finite")
     return gpt.Sample(tokens, mask, logp, values)
-
-
-if __name__ == "__main__":
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = gpt.GPT(gpt.GPTConfig()).to(device)
-    prompt = torch.randint(512, (128, 16), device=device)               # (B, P)
-    for name, sample in (("plain", gpt.generate), ("fast", generate)):
-        for _ in range(2):  # the first time warms up
-            start = time.time()
-            sample(model, prompt, prompt >= 0, 32, end=-1)  # nothing ends, so 32 tokens each
-            seconds = time.time() - start
-        print(f"{name:>5} {128 * 32 / seconds:9,.0f} tokens/s on {device}")
