@@ -9,6 +9,10 @@ after their ends: who looks there is found out.
 Run `python -m pytest -q test_all.py`, or one concept: `-k gae`, `-k kl`, `-k loop`.
 Delete or change any line of a formula and see what turns red: `python -m figures.break_it`.
 """
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait sleep: a busy laptop needs it
+
 import ast
 import contextlib
 import copy
@@ -19,7 +23,6 @@ import inspect
 import itertools
 import json
 import math
-import os
 import random
 import re
 import runpy

@@ -6,7 +6,7 @@ On a GPU a step is some hundred small kernels that take longer to launch than to
 recorded once, as a CUDA graph, and replayed with one launch. Hence all shapes are fixed, time and
 column are tensors, and nothing inside waits for the host.
 Left out: new prompts in the place of rows that have ended; those go on, and the surplus is cut off.
-Letters as in gpt.py; N is the most tokens of an answer. Tokens/s of both: `python -m figures.speed`.
+Letters as in gpt.py; N is the most tokens of an answer. How fast: `python -m figures.speed`.
 """
 import copy
 import functools
