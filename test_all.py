@@ -898,8 +898,6 @@ def test_a_baseline_that_peeks_at_the_action_is_biased():
 
 
 # ===== Slide "Baseline Estimator V(s)" =====
-
-
 def test_the_value_loss_is_smallest_where_V_is_the_expected_return_of_every_state():
     """1/2 (V - G)^2, by hand; its expected slope at V(s) is 0 for all 26 states at V^pi only."""
     values = torch.tensor([[1.0, 2.0, 3.0], [5.0, 0.0, 0.0]]).requires_grad_()
@@ -1221,8 +1219,6 @@ def test_beta_rises_when_the_policy_is_too_far_and_falls_when_it_is_near():
 
 
 # ===== Past the slides =====
-
-
 def test_rloo_keeps_the_gradient_unbiased_and_a_group_mean_with_oneself_shrinks_it():
     """Over all groups of 3 answers out of 4 RLOO's gradient is that of J, with oneself in the mean
     exactly (k - 1) / k of it."""
