@@ -111,4 +111,5 @@ def show_cat(world, policy, args):
     values = world.exact_values(world.probabilities(policy))[0]         # (S,)
     print("\nlikeliest moves, and what the cell is worth to this policy:\n")
     print(world.draw(world.greedy(policy), values))
-    print(f"\nthese moves earn {world.gold(policy)[1]:.1%} of the optimum\nwritten to {args.folder}")
+    print(f"\nthese moves earn {world.gold(policy)[1]:.1%} of the optimum")
+    print(f"written to {args.folder}")
