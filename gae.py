@@ -32,7 +32,7 @@ def reward_to_go(rewards, mask, gamma=1.0, last_value=None):
     """Reward-to-go: G_t = sum_{t' >= t} gamma^(t' - t) r_{t'}. It is what V(s_t) learns to predict.
 
     rewards, mask (B, T); last_value (B,) or None for 0. Returns (B, T), 0 on padding."""
-    assert rewards.shape == mask.shape and rewards.is_floating_point()
+    assert rewards.shape == mask.shape and rewards.is_floating_point()  # integers would be rounded
     B, T = rewards.shape
     G = torch.zeros_like(rewards)                                       # (B, T)
     later = rewards.new_zeros(B) if last_value is None else last_value  # (B,)  G_{t+1}

@@ -89,13 +89,13 @@ def reinforce(world, policy, args, log, resume=None):
         for epoch in range(args.epochs):
             order = torch.randperm(args.batch_size, generator=world.stream("order", step, epoch),
                                    device=batch["mask"].device)         # (B,)
-            for rows in order.tensor_split(args.minibatches):  # of one epoch: 1
+            for rows in order.tensor_split(args.minibatches):  # 1 if epochs are
                 minibatch = {name: x[rows] for name, x in batch.items()}
                 # ... then the loss whose gradient it is
                 loss, stats = total_loss(world, policy, reference, minibatch, beta, args)
                 optimizer.zero_grad()
                 loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(body, args.max_grad_norm)  # inf: only told
+                norm = torch.nn.utils.clip_grad_norm_(body, args.max_grad_norm)  # inf: no clip
                 # 4. Run stochastic gradient ascent on the return: descent on its negative
                 optimizer.step()
                 watched.append(torch.stack((*stats, norm)))             # (3,)
@@ -192,7 +192,7 @@ def anneal(optimizer, step, args):
 
 def summarise(batch, watched, step, beta, args):
     """The log of a batch, {name: number}; watched (updates, 3). Raises FloatingPointError."""
-    mask, norms = batch["mask"], watched[:, 2]                          # (B, T), (updates,)
+    mask, norms = batch["mask"].bool(), watched[:, 2]                   # (B, T), (updates,)
     wrong = [name for name in ("rewards", "values", "weight")
              if not torch.isfinite(batch[name][mask]).all()]
     if wrong or not torch.isfinite(norms).all():

@@ -34,7 +34,7 @@ def to_show(path, answers):
 def label(path, answers):
     """Ask which answer of each pair is better; each label is on the disk before the next question.
 
-    Was it the wrong key? Delete the last line of the file. Raises DataError, OSError."""
+    Was it the wrong key? Delete the lines with that prompt. Raises DataError, OSError."""
     shown = to_show(path, answers)
     with open(path, "a", encoding="utf-8") as file:
         before = path.read_bytes()
