@@ -29,9 +29,6 @@ import runpy
 import shlex
 import shutil
 import statistics
-import subprocess
-import sys
-import zipfile
 from functools import cache, partial, partialmethod
 from pathlib import Path
 from types import SimpleNamespace
@@ -1673,16 +1670,11 @@ def test_the_same_seed_makes_the_same_world_and_another_seed_another():
         assert text(a) == text(b) != text(c)
 
 
-@pytest.mark.parametrize("text, complaint", [
-    ("Rome | Italy\nParis\n", "line 2: expected 'city | country'"),
-    ("# ok\n\nRome | \n", "line 3: the field 'country' is empty"),
-    ("Rome | Italy\nRome | Italy\n", "line 2: 'Rome' stands there twice"),
-    ("Rome | Italy\n", "fewer than 10")])
-def test_a_malformed_file_of_facts_is_reported_by_line_and_field(text, complaint, tmp_path):
-    """In one line; so is an entry that is too long for the model."""
-    shutil.copy(TOP / "chat" / "things.txt", tmp_path)
+@pytest.mark.parametrize("text", ["Rome | Italy\nParis\n", "# ok\nRome | \n"])
+def test_a_malformed_file_of_facts_is_reported_by_line(text, tmp_path):
+    """So is an entry that is too long for the model."""
     (tmp_path / "cities.txt").write_text(text)
-    with pytest.raises(DataError, match=re.escape(f"{tmp_path / 'cities.txt'}") + ".*" + complaint):
+    with pytest.raises(DataError, match="cities.txt, line 2: not 2 fields"):
         World(0, folder=tmp_path)
     for room in ((5, 62, 23), (38, 12, 23), (38, 62, 8)):               # (38, 62, 23) is enough
         with pytest.raises(DataError, match="tokens"):
@@ -1813,21 +1805,20 @@ def reward_of(tmp_path, code):
     return own_reward(f"{tmp_path / 'own.py'}:f")
 
 
-@pytest.mark.parametrize("form", ["x", "tuple(x)", "list(np.array(x))", "np.float32(x)",
-                                  "torch.tensor(x).requires_grad_()", "list(torch.tensor(x))"])
+@pytest.mark.parametrize("form", ["x", "np.array(x)", "list(np.float32(x))",
+                                  "torch.tensor(x).requires_grad_()"])
 def test_a_reward_of_your_own_scores_each_answer(form, tmp_path):
-    """A list, tuple, array or tensor, of prompts and responses."""
+    """A list, an array or a tensor, of prompts and responses."""
     score = reward_of(tmp_path, "def f(prompts, responses):\n"
                       "    x = [len(p) - len(r) / 4 for p, r in zip(prompts, responses)]\n"
                       f"    return {form}")(["a", "bcd", "ef"], ["xx", "", "y"])
-    assert score == [0.5, 3.0, 1.75] and all(type(x) is float for x in score)
+    assert score.dtype == torch.float32 and not score.requires_grad
+    close(score, [0.5, 3.0, 1.75])
 
 
-@pytest.mark.parametrize("code", ["def f(:", "raise SystemError('no')", "g = 1", "exit()"] + [
-    f"def f(p, r): return {x}" for x in (
-        "{0: 1.0, 1: 1.0}", "dict.fromkeys(r, 1.0)", "{1.0, 2.0}", "'12'", "['1', '2']", "None",
-        "(1.0 for x in r)", "r", "3", "[1]", "[[1], [2]]", "[1, None]", "np.ones((2, 1))",
-        "[1, float('nan')]", "[1, 1e39]", "1 / 0", "exit()", "open('a\\nb')")])
+@pytest.mark.parametrize("code", ["def f(:", "g = 1", "exit()"] + [
+    f"def f(p, r): return {x}" for x in ("dict.fromkeys(r, 1.0)", "['1', '2']", "None", "3", "[1]",
+                                         "[[1], [2]]", "[1, float('nan')]", "[1, 1e39]", "1 / 0")])
 def test_a_reward_that_cannot_be_loaded_or_gives_no_numbers_is_refused(code, tmp_path):
     """Above all a dictionary, whose keys are no scores."""
     says = "must return" if "return" in code else "cannot be loaded"
@@ -1874,10 +1865,8 @@ def test_a_label_is_on_the_disk_before_the_next_question(person, tmp_path, capsy
     assert 25 < sum(chosen == "a" for _, chosen in many) < 74  # left and right are drawn by lot
 
 
-@pytest.mark.parametrize("content", [
-    '{"prompt": "p", "cho', "[1]\n", '{"prompt": "p"}\n', '{"prompt": "p", "answers": "ab"}\n',
-    '{"prompt": 1, "answers": ["a", "b"]}\n', '{"prompt": "p", "answers": ["a", 1]}\n',
-    '{"prompt": "p", "answers": ["a", "b", "c"]}\n', '{"prompt": "p", "answers": {"a": 1}}\n'])
+@pytest.mark.parametrize("content", ['{"prompt": "p", "cho', '{"prompt": "p"}\n',
+                                     '{"prompt": "p", "answers": ["a", 1]}\n'])
 def test_a_file_of_labels_or_answers_that_is_damaged_is_left_alone(content, tmp_path, capsys):
     """Status 2, one line that says where, the file as it was; so for arguments that are none."""
     good = jsonl(tmp_path / "good.jsonl", {"prompt": "p", "answers": ["a", "b"]})
@@ -2035,19 +2024,6 @@ def test_nothing_learns_from_held_out_prompts_of_your_own(small, capsys):
         assert says in complaint(capsys, [*LANGUAGE, flag, path])
 
 
-def test_a_flipped_byte_in_any_file_of_weights_is_noticed(small, capsys):
-    """Status 2, one line with its name: torch.load would take the weights as they are."""
-    run = parsed(*LANGUAGE).folder
-    assert train.main(LANGUAGE) == 0
-    for path in (*Path("out/stages").iterdir(), run / "policy.pt"):
-        saved = path.read_bytes()
-        tensor = max(zipfile.ZipFile(path).infolist(), key=lambda entry: entry.file_size)
-        middle = tensor.header_offset + 200 + tensor.file_size // 2
-        path.write_bytes(saved[:middle] + bytes([saved[middle] ^ 64]) + saved[middle + 1:])
-        assert path.name in complaint(capsys, [*LANGUAGE, "--ask", "Who?"])
-        path.write_bytes(saved)
-
-
 def test_the_reward_model_is_retrained_every_n_batches_and_keeps_its_scale(small):
     """Slide "Recap: REINFORCE": the answers before RL still have std 1 and the mean asked for."""
     chat, policy = stages.prepare(parsed(*LANGUAGE, "--reward-refresh", "2", "--reward-mean", "1"))
@@ -2177,46 +2153,27 @@ def test_several_runs_go_on_where_they_were_stopped_and_none_is_run_twice(tmp_pa
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--env gridworld --algo ppo-kl --beta 1e30", "the largest weight"),
-    ("--env gridworld --algo grpo --beta 1e38", "gradient"),
-    ("--env gridworld --algo ppo --vf-coef 1e38", "values"),
-    ("--env gridworld --algo ppo --entropy-coef 1e38", "gradient"),
-    ("--env gridworld --algo baseline --vf-coef 1e38 --steps 1", "last update"),
-    ("--env gridworld --algo ppo --reward-noise 1e30", "gradient"),
-    ("--reward own.py:f --algo ppo", "1e\\+38"), ("--algo reinforce --lr 1e6", "too high"),
-    ("--algo ppo --lr 1e6", "gradient of update [1-9]"),
-    ("--env gridworld --algo ppo --optimizer sgd --lr 1e12", "too high")])
-def test_a_diverging_run_blames_the_learning_rate_only_if_it_is_to_blame(flags, says, request,
-                                                                         capsys, monkeypatch):
-    """Status 1 and one line that says what is no number."""
-    argv, cat = flags.split(), "gridworld" in flags
-    if not cat:
-        request.getfixturevalue("small")
-        Path("own.py").write_text("def f(p, r): return [1e38] * len(r)\n")
-        argv = [*LANGUAGE, *argv]
-    line = complaint(capsys, ["--steps", "4", *argv, "--out", "out"], 1)
-    assert re.search(says, line) and ("too high" in line) == (says == "too high"), line
+    ("--algo ppo-kl --beta 1e30", "the largest weight"), ("--algo grpo --beta 1e38", "gradient"),
+    ("--algo ppo --vf-coef 1e38", "values"), ("--algo ppo --entropy-coef 1e38", "gradient"),
+    ("--algo baseline --vf-coef 1e38 --steps 1", "last update")])
+def test_a_run_that_diverges_ends_with_status_1_and_one_line(flags, says, capsys, tmp_path):
+    """It says what is no number."""
+    argv = ["--env", "gridworld", "--steps", "4", "--out", str(tmp_path), *flags.split()]
+    assert says in complaint(capsys, argv, 1)
 
 
 def test_whatever_is_printed_can_be_printed_anywhere(small, monkeypatch, tmp_path):
-    """Where only Latin letters, or none but ASCII, can be shown; files are written before."""
+    """Where nothing but ASCII can be shown."""
     Path("prompts.txt").write_text("Where is Łódź?\n", encoding="utf-8")
-    for encoding in ("cp1252", "ascii"):
-        with open(tmp_path / "shown", "w", encoding=encoding) as shown:
-            monkeypatch.setattr("sys.stdout", shown)
-            assert train.main([*LANGUAGE, "--prompts", "prompts.txt", "--out", encoding]) == 0
-        names = {path.name for path in Path(encoding).glob("language*/*")}
-        assert {"samples.txt", "answers.jsonl", "evaluation.json", "policy.pt"} <= names
-        shown = Path("shown").read_bytes().replace(b"\xf3", br"\xf3")
-        assert rb"Where is \u0141\xf3d\u017a?" in shown
     row = {"prompt": "Where is Łódź?", "answers": ["in Poland 🙂", "漢"]}
     jsonl(Path("answers.jsonl"), row)
-    for module, argv, typed in (("lab.label", ["mine.jsonl", "answers.jsonl"], b"t\n"),
-                                ("train", [*CAT, "--algo", "gae,baseline", "--seeds", "2"], b"")):
-        done = subprocess.run([sys.executable, "-m", module, *argv], input=typed,
-                              capture_output=True, env=os.environ | {
-                                  "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(TOP)})
-        assert done.returncode == 0 and not done.stderr, done.stderr
+    monkeypatch.setattr("builtins.input", lambda text: "t")
+    for main, argv in ((train.main, [*LANGUAGE, "--prompts", "prompts.txt"]),
+                       (label.main, ["mine.jsonl", "answers.jsonl"])):
+        with open(tmp_path / "shown", "w", encoding="ascii") as shown:
+            monkeypatch.setattr("sys.stdout", shown)
+            assert main(argv) == 0
+        assert r"Where is \u0141\xf3d\u017a?" in Path("shown").read_text()
 
 
 def test_no_two_runs_share_a_folder_and_none_is_emptied_before_the_next_has_a_batch(
@@ -2260,18 +2217,12 @@ def test_several_runs_on_prompts_without_known_answers_end_with_their_table(smal
     "--max-new-tokens 99", "--max-new-tokens 9", "--seeds 2 --ask x", "--init gpt5",
     "--pairs none.jsonl", "--env gridworld --grid CM",
     "--env gridworld --out /proc/nowhere", "--reward-mean x", "--algo all --whiten 1",
+    "--reward-pairs 17000", "--reward-mean nan",
     # flags that would do nothing
-    "--env gridworld --max-new-tokens 9", "--env gridworld --reward verifier", "--slip .1",
-    "--env gridworld --ask x", "--beta 1", "--kl-target 3", "--lam .9", "--algo baseline --lam .9",
-    "--vf-coef 1", "--value-lr 1", "--clip .1", "--algo importance --clip .1",
-    "--algo rloo --lam 1",
-    "--reward verifier --pairs x", "--reward verifier --reward-pairs 9",
-    "--pairs x --reward-pairs 9", "--reward verifier --reward-mean 1",
-    "--reward mine.py:f --pairs x",
-    "--reward verifier --reward-refresh 9", "--pairs x --reward-refresh 9",
-    "--prompts x --reward-refresh 9", "--reward-refresh 9 --steps 9",
-    "--pairs x --labeller careful",
-    "--reward verifier --labeller careful", "--reward-pairs 17000", "--reward-mean nan"])
+    "--env gridworld --reward verifier", "--slip .1", "--beta 1", "--kl-target 3",
+    "--algo baseline --lam .9", "--vf-coef 1", "--value-lr 1", "--algo importance --clip .1",
+    "--reward verifier --pairs x", "--pairs x --reward-pairs 9", "--prompts x --reward-refresh 9",
+    "--reward verifier --reward-mean 1", "--pairs x --labeller careful"])
 def test_bad_input_gets_one_line_and_status_2(argv, tmp_path, monkeypatch, capsys):
     """It names the flag, and nothing is written."""
     if argv == "--device cuda" and torch.cuda.is_available():
@@ -2296,7 +2247,7 @@ def test_every_flag_is_documented_and_used(capsys, monkeypatch):
 
 
 def test_ask_shows_both_policies_answers_and_trains_nothing(small, capsys):
-    """Before there is a policy, one line."""
+    """Before there is a policy, one line; so if a file of weights is damaged."""
     ask = [*LANGUAGE, "--ask", "Where is Shanghai?"]
     assert "policy.pt" in complaint(capsys, ask)
     assert train.main(LANGUAGE) == 0
@@ -2305,6 +2256,10 @@ def test_ask_shows_both_policies_answers_and_trains_nothing(small, capsys):
     assert train.main(ask) == 0
     assert re.search(r"Where is Shanghai\?\n  SFT .*\n  RL  ", capsys.readouterr().out)
     assert before == {path: path.read_bytes() for path in before}
+    for path in (*Path("out/stages").iterdir(), parsed(*LANGUAGE).folder / "policy.pt"):
+        path.write_bytes(before[path][:-99])
+        assert path.name in complaint(capsys, ask)
+        path.write_bytes(before[path])
 
 
 # ===== Side by side =====

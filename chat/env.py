@@ -18,7 +18,7 @@ UNFINISHED = 2.0  # standard deviations below the answers before RL: the score o
 class Chat:
     """A world for train.reinforce. `world` has questions (a chat.world.World or one's own prompts).
 
-    `reward` is "model", "verifier" or a function (questions, answers) -> list of numbers."""
+    `reward` is "model", "verifier" or a function (questions, answers) -> (B,) numbers."""
 
     def __init__(self, world, tokenizer, reward, reward_model, args):
         self.world, self.tokenizer = world, tokenizer
@@ -76,7 +76,7 @@ class Chat:
         if self.reward == "verifier":
             return torch.tensor([float(v == "right") for v in verdicts], device=self.device)
         if self.reward != "model":
-            return torch.tensor(self.reward(questions, texts), device=self.device)
+            return torch.as_tensor(self.reward(questions, texts), device=self.device)
         score = self.reward_model(*question_and_answer(batch))          # (B,)
         return torch.where(finished, score, self.reward_mean - UNFINISHED)
 

@@ -35,10 +35,6 @@ STEPS = {
     "ppo-kl": Step("ppo", "KL in the reward: stay near the start", "kl", "kl"),
     "ppo-adaptive-kl": Step("ppo-kl", "adaptive beta: hold a KL of 1 nat", "kl", "kl"),
 }
-ELSEWHERE = """\
-Reward-to-go pays where rewards come on the way, as with a bathtub everywhere:
-  python train.py --env gridworld --algo reinforce,reward-to-go --seeds 5 \\
-      --grid "CTTTT / TTTTT / TTTTT / TTTTT / TTTTM\""""
 CURVES = {"language": "share of right answers", "gridworld": "return, share of the optimum's",
           "kl": "KL to the start, nats", "grad_norm": "norm of a batch's gradient"}
 T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13,
@@ -204,5 +200,3 @@ def side_by_side(run, runs):
     write_csv(Path(f"{path}.csv"), [{k: r[k] for k in columns} for r in ended])
     draw(ended, f"{path}.png")
     print(f"\n{text}\n\nwritten to {path}.md, .csv and .png")
-    if {"reinforce", "reward-to-go"} <= set(algos):
-        print(ELSEWHERE)

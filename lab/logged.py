@@ -109,8 +109,6 @@ def run(loop, world, start, args):
         loop(world, policy, args, record.report, record.resume)
         if not all(torch.isfinite(p).all() for p in policy.parameters()):
             raise FloatingPointError("the last update left no finite numbers in the policy")
-    except FloatingPointError as e:
-        raise FloatingPointError(f"{e}{suspect(record.rows, args)}") from None
     finally:
         if record.rows:
             write_csv(args.folder / "metrics.csv", record.rows)
@@ -119,12 +117,3 @@ def run(loop, world, start, args):
         print(f"  {name}: {COLUMNS[name][2]}")
     print("  (No loss is shown: only the gradient of a policy's loss means anything.)")
     return policy
-
-
-def suspect(rows, args):
-    """The learning rates, if a run diverged after its first batch and no price is to blame."""
-    given = (args.beta, args.vf_coef, args.entropy_coef, getattr(args, "reward_noise", 0.0))
-    earned = (abs(row["reward"]) for row in rows)
-    to_blame = rows and max(*given, *earned) < 1e6
-    rates = f"--lr {args.lr} or --value-lr {args.value_lr}"
-    return f"; likely {rates} is too high" if to_blame else ""

@@ -5,6 +5,8 @@ import runpy
 import zlib
 from os.path import commonprefix
 
+import torch
+
 from lab.files import DataError, read_lines
 
 
@@ -103,24 +105,18 @@ class Prompts:
 
 
 def own_reward(name):
-    """FILE.py:FUNCTION -> score(prompts, responses), a list of numbers. Both raise DataError."""
+    """FILE.py:FUNCTION -> score(prompts, responses), a tensor (B,). Both raise DataError."""
     path, _, function = name.rpartition(":")
     try:
         given = runpy.run_path(path)[function]
-        if not callable(given):
-            raise TypeError(f"{function} is no function")
     except (Exception, SystemExit) as e:
         raise DataError(f"--reward {name}: cannot be loaded ({type(e).__name__}: {e})") from None
 
     def score(prompts, responses):
         try:
-            result = given(list(prompts), list(responses))
-            result = result.tolist() if hasattr(result, "tolist") else result  # arrays, tensors
-            if not isinstance(result, (list, tuple)) or len(result) != len(responses):
-                raise TypeError(f"it returned {str(result)[:60]}")
-            scores = [float(x + 0) for x in result]  # "1" + 0 fails, where float("1") would not
-            if not all(abs(x) < 3e38 for x in scores):  # float32's largest, and no nan
-                raise ValueError(f"it returned {str(result)[:60]}")
+            scores = torch.as_tensor(given(prompts, responses), dtype=torch.float32).detach()
+            if scores.shape != (len(responses),) or not scores.isfinite().all():
+                raise ValueError(f"it returned {str(scores.tolist())[:60]}")
         except (Exception, SystemExit) as e:
             raise DataError(f"--reward {name} must return a finite number for each of "
                             f"{len(responses)} responses ({type(e).__name__}: {e})") from None
