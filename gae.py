@@ -124,15 +124,14 @@ def grpo_advantage(returns, group, eps=1e-6):
 
 
 if __name__ == "__main__":
-    gamma, lam = 0.9, 0.8
-    rewards, values = torch.tensor([[[0.0, -1.0, 0.0, 10.0]], [[4.0, 6.0, 7.0, 8.0]]])
+    rewards, values = torch.tensor([[0.0, -1.0, 0.0, 10.0]]), torch.tensor([[4.0, 6.0, 7.0, 8.0]])
     mask = torch.ones(1, 4)
-    G = reward_to_go(rewards, mask, gamma)
-    delta = td_error(rewards, values, mask, gamma)
-    A = gae(rewards, values, mask, gamma, lam)
-    print(f"gamma = {gamma}, lambda = {lam}; the episode terminates, so V after it is 0\n")
+    G = reward_to_go(rewards, mask, 0.9)
+    delta = td_error(rewards, values, mask, 0.9)
+    A = gae(rewards, values, mask, 0.9, 0.8)
+    print("gamma = 0.9, lambda = 0.8; the episode terminates, so V after it is 0\n")
     print("t   r_t  V(s_t)      G_t  G_t - V  delta_t    A_t = delta_t + gamma * lambda * A_{t+1}")
-    for t, (r, v, g, d, a) in enumerate(torch.stack((rewards, values, G, delta, A), -1)[0]):
+    for t, (r, v, g, d, a) in enumerate(torch.cat((rewards, values, G, delta, A)).T):
         later = A[0, t + 1] if t < 3 else 0.0
         print(f"{t} {r:5.1f} {v:7.1f} {g:8.3f} {g - v:8.3f} {d:8.3f}  {a:5.3f} = "
-              f"{d:.3f} + {gamma} * {lam} * {later:.3f}")
+              f"{d:.3f} + 0.9 * 0.8 * {later:.3f}")

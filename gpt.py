@@ -246,16 +246,14 @@ def fit(model, loss_of_step, steps, lr, report=lambda step, loss: None):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    sentence = "A policy is a language model that is paid for its answers."
+    sentence = b"A policy is a language model that is paid for its answers."
     end = 256  # a token for each byte, and one for the end
-    tokens = torch.tensor([[*sentence.encode(), end]])                  # (1, T)
-    learned = torch.ones_like(tokens)                                   # (1, T)
+    tokens = torch.tensor([[*sentence, end]])                           # (1, T)
+    learn = torch.ones_like(tokens)                                     # (1, T)
     model = GPT(GPTConfig(vocab_size=257, n_layer=2))
-    loss = language_model_loss(model, tokens, learned).item()
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; loss {loss:.2f}, "
-          f"ln V = {math.log(257):.2f}")
-    fit(model, lambda step: language_model_loss(model, tokens, learned), steps=100, lr=3e-3)
-    print(f"after 100 steps {language_model_loss(model, tokens, learned):.3f}")
-    prompt, mask = tokens[:, :8], learned[:, :8]                        # (1, 8) each
-    said = generate(model, prompt, mask, 60, end).actions[0, :-1].tolist()
-    print("it says:", bytes(prompt[0].tolist() + said).decode(errors="replace"))
+    loss = language_model_loss(model, tokens, learn).item()
+    print(f"loss {loss:.2f}, ln V = {math.log(257):.2f}")
+    fit(model, lambda step: language_model_loss(model, tokens, learn), steps=100, lr=3e-3,
+        report=lambda step, loss: print(f"step {step}: {loss:.3f}"))
+    said = generate(model, tokens[:, :8], learn[:, :8], 60, end).actions[0, :-1]  # (T,)
+    print(f"it says: {bytes([*sentence[:8], *said]).decode(errors='replace')}")

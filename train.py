@@ -89,13 +89,14 @@ def reinforce(world, policy, args, log, resume=None):
         for epoch in range(args.epochs):
             order = torch.randperm(args.batch_size, generator=world.stream("order", step, epoch),
                                    device=batch["mask"].device)         # (B,)
-            for rows in order.tensor_split(args.minibatches):  # 1 if epochs are
+            for rows in order.tensor_split(args.minibatches):  # a single one if epochs is 1
                 minibatch = {name: x[rows] for name, x in batch.items()}
-                # ... then the loss whose gradient it is
+                # ... then a loss, e.g. -1/|D| sum_tau sum_t log pi(a_t | s_t) * weight_t
                 loss, stats = total_loss(world, policy, reference, minibatch, beta, args)
                 optimizer.zero_grad()
                 loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(body, args.max_grad_norm)  # inf: no clip
+                # the default is inf: the norm is measured, nothing is clipped
+                norm = torch.nn.utils.clip_grad_norm_(body, args.max_grad_norm)
                 # 4. Run stochastic gradient ascent on the return: descent on its negative
                 optimizer.step()
                 watched.append(torch.stack((*stats, norm)))             # (3,)
