@@ -47,8 +47,8 @@ from chat import gpt2, report, stages
 from chat import tokenizer as tokenizers
 from chat.env import Chat, question_and_answer
 from chat.world import ERRORS, KINDS, QUESTIONS, VERDICTS, World
-from figures import (break_it, credit, entropy_sgd, gridworld, hacking, kl, runs, speed, uses,
-                     variance, variance_language)
+from figures import (break_it, credit, entropy_sgd, gridworld, hacking, kl, labellers, runs, speed,
+                     uses, variance, variance_language)
 from gae import (baseline_advantage, discounted_return, gae, grpo_advantage, n_step_advantage,
                  reward_to_go, rloo_advantage, td_error)
 from gpt import GPT, GPTConfig, fit, generate, language_model_loss
@@ -2424,7 +2424,7 @@ def test_the_tables_of_the_figures_are_their_csv_files():
     text = (TOP / "figures" / "README.md").read_text(encoding="utf-8")
     tables = {"gridworld": gridworld.table, "entropy_sgd": entropy_sgd.table, "kl": kl.markdown,
               "break_it": break_it.markdown, "hacking_fits": hacking.markdown,
-              "variance": variance.table, "speed-cpu": speed.table,
+              "variance": variance.table, "speed-cpu": speed.table, "labellers": labellers.table,
               "variance_language": variance_language.table}
     for name, table in tables.items():
         assert "\n".join(table(runs.read(name))) in text, name
