@@ -1829,21 +1829,21 @@ def test_a_reward_that_cannot_be_loaded_or_gives_no_numbers_is_refused(code, tmp
 @pytest.fixture
 def person(monkeypatch, tmp_path):
     """person(keys, rows) labels the rows at the keyboard; a function is asked for its key."""
-    def sit(keys, rows=[{"prompt": f"{i}", "answers": ["a", "b"]} for i in range(4)]):
+    def sit(keys, rows):
         keys = iter(keys)
         monkeypatch.setattr("builtins.input",
                             lambda text: key() if callable(key := next(keys)) else key)
         answers, path = jsonl(tmp_path / "answers.jsonl", *rows), tmp_path / "mine.jsonl"
-        assert label.main([str(path), str(answers)]) == 0
+        label.main([str(path), str(answers)])
         return [(row["prompt"], row["chosen"]) for row in read_jsonl(path, PAIRS)]
     return sit
 
 
 def test_a_label_is_on_the_disk_before_the_next_question(person, tmp_path, capsys):
     """Keys do what they say, ties stand both ways, nothing is asked twice, what was skipped is."""
-    rows = [{"prompt": f"{i}", "answers": ["good\u2028", "bad"]} for i in range(6)]
-    rows += [rows[0], rows[1] | {"answers": ["bad", "good\u2028"]}]
-    rows += [{"prompt": "same", "answers": ["x", "x"]}]
+    rows = [{"prompt": f"{i}", "sft": "good\u2028", "rl": "bad"} for i in range(6)]
+    rows += [rows[0], rows[1] | {"sft": "bad", "rl": "good\u2028"}]
+    rows += [{"prompt": "same", "sft": "x", "rl": "x"}]
     on_disk, mine, shown = [], tmp_path / "mine.jsonl", [""]
 
     def press(key):
@@ -1861,22 +1861,25 @@ def test_a_label_is_on_the_disk_before_the_next_question(person, tmp_path, capsy
     mine.write_text(mine.read_text().rstrip("\n"))  # by an editor, without the last line feed
     assert [prompt for prompt, _ in person("ll", rows)[5:]] == ["2", "5"]
     person("", rows)  # and nothing is left to ask
-    many = person("l" * 99, [{"prompt": f"new {i}", "answers": ["a", "b"]} for i in range(99)])
+    many = person("l" * 99, [{"prompt": f"new {i}", "sft": "a", "rl": "b"} for i in range(99)])
     assert 25 < sum(chosen == "a" for _, chosen in many) < 74  # left and right are drawn by lot
 
 
 @pytest.mark.parametrize("content", ['{"prompt": "p", "cho', '{"prompt": "p"}\n',
-                                     '{"prompt": "p", "answers": ["a", 1]}\n'])
+                                     '{"prompt": "p", "sft": "a", "rl": 1}\n'])
 def test_a_file_of_labels_or_answers_that_is_damaged_is_left_alone(content, tmp_path, capsys):
-    """Status 2, one line that says where, the file as it was; so for arguments that are none."""
-    good = jsonl(tmp_path / "good.jsonl", {"prompt": "p", "answers": ["a", "b"]})
+    """Status 2, one line that says where, the file as it was."""
+    good = jsonl(tmp_path / "good.jsonl", {"prompt": "p", "sft": "a", "rl": "b"})
     bad, new, nowhere = (tmp_path / name for name in ("bad.jsonl", "new.jsonl", "none/x.jsonl"))
     bad.write_text(content)
     for mine, answers in ((bad, good), (new, bad), (new, nowhere), (nowhere, good)):
-        assert label.main([str(mine), str(answers)]) == 2
+        with pytest.raises(SystemExit, match="2"):
+            label.main([str(mine), str(answers)])
         line, = capsys.readouterr().err.strip().splitlines()
         assert (f"{bad}, line 1" if bad in (mine, answers) else str(nowhere)) in line
         assert bad.read_text() == content and not new.exists()
+
+
 # ===== Slides "RL for LLMs", "Technical Differences": the stages before RL =====
 def likelihood(model, row):
     """Probability of each token but the first after those before it, (T - 1,), in one pass."""
@@ -2121,6 +2124,8 @@ def test_a_checkpoint_that_is_damaged_or_of_another_run_is_not_gone_on_from(tmp_
         assert len(updates) == (0 if content == saved else 12 * 8 * 2)
     assert train.main([*CAT, "--seed", "1"]) == 0 and "going on" not in capsys.readouterr().out
     assert outcome(parsed(*CAT, "--seed", "1").folder) != whole
+
+
 def test_several_runs_go_on_where_they_were_stopped_and_none_is_run_twice(tmp_path, monkeypatch,
                                                                           capsys):
     """Each has its log in its folder; table and picture are made of all. One that diverges leaves
@@ -2165,14 +2170,14 @@ def test_a_run_that_diverges_ends_with_status_1_and_one_line(flags, says, capsys
 def test_whatever_is_printed_can_be_printed_anywhere(small, monkeypatch, tmp_path):
     """Where nothing but ASCII can be shown."""
     Path("prompts.txt").write_text("Where is Łódź?\n", encoding="utf-8")
-    row = {"prompt": "Where is Łódź?", "answers": ["in Poland 🙂", "漢"]}
+    row = {"prompt": "Where is Łódź?", "sft": "in Poland 🙂", "rl": "漢"}
     jsonl(Path("answers.jsonl"), row)
     monkeypatch.setattr("builtins.input", lambda text: "t")
     for main, argv in ((train.main, [*LANGUAGE, "--prompts", "prompts.txt"]),
                        (label.main, ["mine.jsonl", "answers.jsonl"])):
         with open(tmp_path / "shown", "w", encoding="ascii") as shown:
             monkeypatch.setattr("sys.stdout", shown)
-            assert main(argv) == 0
+            assert not main(argv)
         assert r"Where is \u0141\xf3d\u017a?" in Path("shown").read_text()
 
 

@@ -83,7 +83,7 @@ def compare(chat, sft, policy, args):
     asked = both_answers(chat, sft, policy, asked)
     files.write_text(args.folder / "samples.txt", samples)
     files.write_jsonl(args.folder / "answers.jsonl",
-                      [{"prompt": q, "answers": [a["answer"], b["answer"]]} for q, a, b in asked])
+                      [{"prompt": q, "sft": a["answer"], "rl": b["answer"]} for q, a, b in asked])
     files.write_text(args.folder / "evaluation.json",
                      json.dumps(dict(zip(("sft", "rl"), results)), indent=1))
     show_evaluation(*results)

@@ -8,7 +8,6 @@ the two together is smallest at equal scores. What was labelled before is not sh
 """
 import argparse
 import json
-import os
 import random
 import sys
 from pathlib import Path
@@ -18,15 +17,10 @@ from lab.own import read_jsonl
 
 def to_show(path, answers):
     """[(prompt, left, right)]: the pairs of `answers` not labelled in `path`. Raises DataError."""
-    def form(row):
-        first, second = row["answers"] + []  # of nothing but a list
-        return row | {"answers": first, "second answer": second}
-
     done = read_jsonl(path, ["prompt", "chosen", "rejected"]) if path.exists() else []
     seen = {(row["prompt"], *sorted((row["chosen"], row["rejected"]))) for row in done}
-    rows = read_jsonl(answers, ["answers", "second answer", "prompt"], form)
-    pairs = dict.fromkeys((row["prompt"], *sorted((row["answers"], row["second answer"])))
-                          for row in rows)
+    rows = read_jsonl(answers, ["prompt", "sft", "rl"])
+    pairs = dict.fromkeys((row["prompt"], *sorted((row["sft"], row["rl"]))) for row in rows)
     return [(prompt, *random.sample(two, 2)) for prompt, *two in pairs
             if two[0] != two[1] and (prompt, *two) not in seen]
 
@@ -51,7 +45,6 @@ def label(path, answers):
             rows = [{"prompt": prompt, "chosen": w, "rejected": l} for w, l in pairs[key]]
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()
-            os.fsync(file.fileno())
 
 
 def main(argv=None):
@@ -59,7 +52,6 @@ def main(argv=None):
     parser = argparse.ArgumentParser("python -m lab.label", description=__doc__.split("\n")[0])
     parser.add_argument("mine", type=Path, help="your labels are appended to this file")
     parser.add_argument("answers", type=Path, help="the answers.jsonl of a run")
-    parser.error = lambda message: parser.exit(2, f"lab.label: {message}\n")
     args = parser.parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # an answer may have any letter in it
     try:
@@ -67,10 +59,8 @@ def main(argv=None):
     except (EOFError, KeyboardInterrupt):
         print()
     except (ValueError, OSError) as e:
-        print(f"lab.label: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
-    return 0
+        parser.exit(2, f"lab.label: {' '.join(str(e).split())}\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
