@@ -1748,20 +1748,18 @@ def test_transcripts_as_of_hh_and_messages_as_of_trl_are_pairs_too(tmp_path):
 
 
 def test_malformed_files_get_one_line_with_file_line_and_field(tmp_path):
-    """Broken at random: a value that is no text, a field missing, half a line, no JSON."""
-    rng, path = random.Random(0), tmp_path / "own.jsonl"
-    for trial in range(300):
-        row = rng.choice([PAIR, {"prompt": "p", "response": "r"}, {"prompt": "p"}])
-        n, field, good = rng.randrange(4), rng.choice(list(row)), json.dumps(row)
-        values = [None, 3, ["a"], [], {}, True, "\ud800", *["", " \n"] * (field == "prompt")]
-        broken = [json.dumps({k: v for k, v in row.items() if k != field})]
-        broken += [json.dumps(row | {field: x}) for x in values]
-        odd = [good[:rng.randrange(1, len(good))], "[]", "7", "null", '["prompt"]', "[" * 99_999,
-               "{" + good, good * 2]
-        bad, named = (rng.choice(broken), f"'{field}'") if trial % 2 else (rng.choice(odd), "")
-        path.write_text("\n".join([good] * n + [bad] + [good] * rng.randrange(3)) + "\n")
-        with pytest.raises(DataError, match=rf"own.jsonl, line {n + 1}:[^\n]*{named}"):
-            read_own(path, list(row), BYTES, 30, 9)
+    """A value that is no text, a field missing, half a line, no JSON."""
+    good, path = json.dumps(PAIR), tmp_path / "own.jsonl"
+    broken = [(json.dumps(PAIR | {field: x}), f"'{field}'")
+              for field in PAIRS for x in (None, 3, ["a"], [], {}, True, "\ud800")]
+    broken += [(json.dumps({k: v for k, v in PAIR.items() if k != x}), f"'{x}'") for x in PAIRS]
+    broken += [(json.dumps(PAIR | {"prompt": " \n"}), "'prompt'")]
+    broken += [(x, "") for x in (good[:-9], "[]", "7", "null", '["prompt"]', "[" * 99_999,
+                                 "{" + good, good * 2)]
+    for bad, named in broken:
+        path.write_text(f"{good}\n\n{bad}\n{good}\n")
+        with pytest.raises(DataError, match=rf"own.jsonl, line 3:[^\n]*{named}"):
+            read_own(path, PAIRS, BYTES, 30, 9)
     for content in (b"\xff\xfe", b"", b"\n"):
         path.write_bytes(content)
         with pytest.raises(DataError, match="own.jsonl: (empty|cannot be read)"):
@@ -2319,29 +2317,23 @@ def of_transformers(row):
 @pytest.mark.parametrize("oracle", [written_out, of_transformers])
 @torch.no_grad()
 def test_logits_are_those_of_gpt_2_left_padded_too(oracle):
-    """Its weights in our network: every logit of a row that is read alone, and with pads before."""
-    ours, rows = gpt2.from_state_dict(hugging_face()), torch.randint(97, (3, 12), generator=dice())
-    mask = torch.arange(12) >= 12 - torch.tensor([[12], [5], [1]])
-    logits = ours.logits(ours(rows.masked_fill(~mask, 97), mask))
-    for row, real, padded in zip(rows, mask, logits):
-        expected = oracle(row[real])
-        assert expected.abs().max() > 1
-        close(padded[real], expected, 1e-4)
-        close(ours.logits(ours(row[real][None]))[0], expected, 1e-4)
-
-
-def test_weights_in_gpt_2s_naming_come_back_as_they_were():
-    """With or without the prefix, in half precision too. New tokens are read and never said."""
+    """Its weights in our network: every logit of a row that is read alone, and with pads before.
+    Names without the prefix and half precision will do, too. New tokens are read and never said."""
     torch.manual_seed(0)
-    full, same = hugging_face(), tiny_gpt(97, 0.1, 128).state_dict()
-    for weights in (full, {k.removeprefix("transformer."): x.half() for k, x in full.items()}):
+    given, rows = hugging_face(), torch.randint(97, (3, 12), generator=dice())
+    half = {k.removeprefix("transformer."): x.half() for k, x in given.items()}
+    mask = torch.arange(12) >= 12 - torch.tensor([[12], [5], [1]])
+    for weights, digits in ((given, 1e-4), (half, 0.05)):
         ours = gpt2.from_state_dict(weights)
-        for name in (name for name in same if "_head" not in name):
-            n = 97 if name == "wte.weight" else None
-            close(ours.state_dict()[name][:n], same[name][:n], 0 if weights is full else 2e-3)
-        close(ours.wte.weight[97:].mean(0), same["wte.weight"][:97].mean(0), 0.017)  # near average
+        logits = ours.logits(ours(rows.masked_fill(~mask, 97), mask))
+        for row, real, padded in zip(rows, mask, logits):
+            expected = oracle(row[real])
+            assert expected.abs().max() > 1
+            close(padded[real], expected, digits)
+            close(ours.logits(ours(row[real][None]))[0], expected, digits)
         assert ours.logits(ours(torch.tensor([[97, 98, 99]]))).shape == (1, 3, 97)
-        assert ours.config.read_only == 3
+        words = ours.wte.weight
+        close(words[97:].mean(0), words[:97].mean(0), 0.017)  # they begin as the average token
 
 
 def fake_encoding(monkeypatch, ranks):
@@ -2365,17 +2357,15 @@ def test_what_is_no_gpt_2_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
         told = capsys.readouterr().err
         assert re.match(f"train.py: --init .*{says}", told) and told.count("\n") == 1, (says, told)
     for change, says in [
-            *(({f"transformer.{name}": None}, f"KeyError.*{name}") for name in
-              ("wte.weight", "wpe.weight", "ln_f.weight", "h.0.attn.c_proj.bias")),
+            ({"transformer.h.0.attn.c_proj.bias": None}, "KeyError.*c_proj.bias"),
             ({"transformer.h.0.mlp.c_fc.weight": torch.zeros(512, 128)}, "RuntimeError"),
             ({"lm_head.weight": good["lm_head.weight"] + 1}, "not tied"),
             (hugging_face(257, 96), "width 96 is not divisible by the 64"),
             (hugging_face(258), "it has 258 tokens, not GPT-2's")]:
         torch.save({k: x for k, x in (good | change).items() if x is not None}, path)
         refused(says)
-    for content in (b"", b"PK", path.read_bytes()[:-99]):
-        path.write_bytes(content)
-        refused("no GPT-2")
+    path.write_bytes(path.read_bytes()[:-99])
+    refused("no GPT-2")
     refused("neither a file", "gpt5")
     refused("pytorch_model.bin", "gpt2-medium")
 
