@@ -45,7 +45,7 @@ NUMBERS = {  # column of the table: format, what it is
     "answers": ("{:.0f}", "sampled until five batches are 80 % right (grid: 95 % of optimum)"),
     "noise": ("{:,.0f}", "mean squared norm of a batch's gradient: nearly all of it is variance"),
     "kl": ("{:.2f}", "nats an answer to the policy before RL, last ten batches"),
-    "V": ("{:.2f}", "explained variance of V, last ten batches"),
+    "explained variance": ("{:.2f}", "of the return by V: 1 is a perfect V; last ten batches"),
     "score": ("{:.2f}", "mean reward, last ten batches"),
 }
 
@@ -61,8 +61,8 @@ def read_run(args):
     def last(name):
         return statistics.fmean(row[name] for row in rows[-10:])
 
-    numbers = {"right": 100 * last("gold"), "kl": last("kl"), "V": last("explained_variance"),
-               "score": last("reward"), "held out": math.nan,
+    numbers = {"right": 100 * last("gold"), "kl": last("kl"), "score": last("reward"),
+               "explained variance": last("explained_variance"), "held out": math.nan,
                "answers": rows[there[0]]["samples"] if there else math.nan,
                "noise": statistics.fmean(row["grad_norm"] ** 2 for row in rows)}
     path = args.folder / "evaluation.json"
