@@ -256,4 +256,4 @@ if __name__ == "__main__":
     fit(model, lambda step: language_model_loss(model, tokens, learn), steps=100, lr=3e-3,
         report=lambda step, loss: print(f"step {step}: {loss:.3f}"))
     said = generate(model, tokens[:, :8], learn[:, :8], 60, end).actions[0, :-1]  # (T,)
-    print(f"it says: {bytes([*sentence[:8], *said]).decode(errors='replace')}")
+    print("after 'A policy' it says:", bytes(said.tolist()).decode(errors="replace"))

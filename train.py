@@ -7,15 +7,16 @@
 
 The loop is the slide "Recap: REINFORCE" and never changes. An algorithm is a row of the table
 LADDER and differs from the row above in one column. A world (chat/env.py, gridworld.py) offers
-    world.sample(policy, B, group, step) -> trajectories, a dictionary of tensors, and its log:
-        actions, mask, logp_old, values, rewards (B, T), last_value (B,), and what the world needs
+    world.sample(policy, B, group, step) -> trajectories, and numbers for the log
+        trajectories is a dictionary: actions, mask, logp_old, values, rewards (B, T),
+        last_value (B,), and what the world itself needs to look at them again:
     world.logits_and_values(policy, trajectories) -> (B, T, V), (B, T)
-    world.stream(..) -> a generator, all of its randomness
+    world.stream(*use) -> a torch.Generator of its own for each use of randomness
 Left out: several GPUs, early stopping, whatever changes nothing in the formulas.
 """
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait sleep: a busy laptop needs it
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads sleep soon, and cost nothing
 
 import copy
 import math
@@ -85,11 +86,11 @@ def reinforce(world, policy, args, log, resume=None):
         # Slide "Off-Policy Learning": the policy that sampled is not kept, only its logp_old
         # 3. Use the samples to calculate an approximation of the policy gradient: first the weights
         batch |= learning_signal(world, reference, batch, beta, args)
-        watched = []
+        updates = []
         for epoch in range(args.epochs):
             order = torch.randperm(args.batch_size, generator=world.stream("order", step, epoch),
                                    device=batch["mask"].device)         # (B,)
-            for rows in order.tensor_split(args.minibatches):  # a single one if epochs is 1
+            for rows in order.tensor_split(args.minibatches):  # by default one, if epochs is 1
                 minibatch = {name: x[rows] for name, x in batch.items()}
                 # ... then a loss, e.g. -1/|D| sum_tau sum_t log pi(a_t | s_t) * weight_t
                 loss, stats = total_loss(world, policy, reference, minibatch, beta, args)
@@ -99,8 +100,8 @@ def reinforce(world, policy, args, log, resume=None):
                 norm = torch.nn.utils.clip_grad_norm_(body, args.max_grad_norm)
                 # 4. Run stochastic gradient ascent on the return: descent on its negative
                 optimizer.step()
-                watched.append(torch.stack((*stats, norm)))             # (3,)
-        metrics |= summarise(batch, torch.stack(watched), step, beta, args)
+                updates.append(torch.stack((*stats, norm)))             # (3,)
+        metrics |= summarise(batch, torch.stack(updates), step, beta, args)
         if args.kl_target is not None:
             # the usual horizon of 10,000 trajectories is more than a whole run here
             beta = adapt_beta(beta, metrics["kl"], args.kl_target, args.batch_size, horizon=500)
@@ -116,7 +117,7 @@ def learning_signal(world, reference, batch, beta, args):
     if args.kl == "reward":
         rewards = penalised_rewards(rewards, batch["logp_old"], logp_ref, beta)
     G = reward_to_go(rewards, mask, args.gamma, batch["last_value"])    # (B, T)
-    R = discounted_return(rewards, mask, args.gamma)  # (B,), of what was seen: no last_value
+    R = discounted_return(rewards, mask, args.gamma)  # (B,), of rewards alone: no last_value
     match args.weight:
         case "return":        # sum_t gamma^t r_t
             weight = R[:, None].expand_as(G)
@@ -136,16 +137,16 @@ def learning_signal(world, reference, batch, beta, args):
 
 
 def reference_log_probs(world, reference, batch, args):
-    """log pi_ref(a_t | s_t) (B, T), no more rows at once than in an update: they fit in memory."""
+    """log pi_ref(a_t | s_t) (B, T), a minibatch at a time: logits of a batch take much memory."""
     mask = batch["mask"]
-    rows = torch.arange(len(mask), device=mask.device).tensor_split(args.minibatches)
-    some = [{name: x[i] for name, x in batch.items()} for i in rows]
-    return torch.cat([log_probs(world.logits_and_values(reference, x)[0], x["actions"])
-                      for x in some])
+    split = torch.arange(len(mask), device=mask.device).tensor_split(args.minibatches)
+    minibatches = [{name: x[rows] for name, x in batch.items()} for rows in split]
+    return torch.cat([log_probs(world.logits_and_values(reference, part)[0], part["actions"])
+                      for part in minibatches])
 
 
 def total_loss(world, policy, reference, batch, beta, args):
-    """What an update minimises on some trajectories, a scalar, and what the log watches."""
+    """The loss of an update, a scalar; for the log, the ratios outside the clip, and a KL."""
     logits, values = world.logits_and_values(policy, batch)             # (B, T, V), (B, T)
     logp, logp_old = log_probs(logits, batch["actions"]), batch["logp_old"]  # (B, T) each
     weight, mask = batch["weight"], batch["mask"]                       # (B, T) each
@@ -161,16 +162,17 @@ def total_loss(world, policy, reference, batch, beta, args):
         loss = loss + args.vf_coef * value_loss(values, batch["target"])
     if args.entropy_coef:
         loss = loss - args.entropy_coef * entropy(logits)
-    match args.kl:
-        case "loss-k1" | "loss-k2" | "loss-k3":  # k1 as a loss does not pull: see kl_estimate
+    match args.kl:  # "none" and "reward" add nothing here
+        case "loss-k1" | "loss-k2" | "loss-k3":  # k1 does nothing as a loss: see kl_estimate
             loss = loss + beta * kl_estimate(logp, batch["logp_ref"], args.kl[-2:])
         case "loss-full":
             with torch.no_grad():
                 logits_ref, _ = world.logits_and_values(reference, batch)  # (B, T, V)
             loss = loss + beta * full_kl(logits, logits_ref)
     with torch.no_grad():  # means over tokens, for the log
-        outside = ((logp - logp_old).exp() - 1).abs() > args.clip       # (B, T)
-        moved = kl_estimate(logp_old, logp, "k3")                       # KL(pi_old || pi)
+        ratio = torch.exp(logp - logp_old)                              # (B, T)
+        outside = (ratio - 1).abs() > args.clip                         # (B, T)
+        moved = kl_estimate(logp_old, logp, "k3")  # KL(pi_old || pi): pi_old is who sampled
         stats = [average(x, mask, "token") for x in (outside.float(), moved)]
     return average(loss, mask, args.average), stats
 
@@ -191,9 +193,9 @@ def anneal(optimizer, step, args):
         group["lr"] = lr * (1 - step / args.steps)
 
 
-def summarise(batch, watched, step, beta, args):
-    """The log of a batch, {name: number}; watched (updates, 3). Raises FloatingPointError."""
-    mask, norms = batch["mask"].bool(), watched[:, 2]                   # (B, T), (updates,)
+def summarise(batch, updates, step, beta, args):
+    """The log of a batch, {name: number}; updates (U, 3). Raises FloatingPointError."""
+    mask, norms = batch["mask"].bool(), updates[:, 2]                   # (B, T), (U,)
     wrong = [name for name in ("rewards", "values", "weight")
              if not torch.isfinite(batch[name][mask]).all()]
     if wrong or not torch.isfinite(norms).all():
@@ -206,7 +208,7 @@ def summarise(batch, watched, step, beta, args):
     if args.weight in ("baseline", "gae"):
         explained = explained_variance(batch["values"], batch["target"], mask).item()
     names = ("clip_fraction", "approx_kl", "grad_norm")
-    return dict(zip(names, watched.mean(0).tolist())) | {
+    return dict(zip(names, updates.mean(0).tolist())) | {
         "kl": average(batch["logp_old"] - batch["logp_ref"], mask).item(),  # k1, nats a trajectory
         "entropy": -average(batch["logp_old"], mask, "token").item(),  # E[-log pi], nats a token
         "grad_clipped": (norms > args.max_grad_norm).float().mean().item(),

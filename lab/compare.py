@@ -45,7 +45,7 @@ NUMBERS = {  # column of the table: format, what it is
     "answers": ("{:.0f}", "sampled until five batches are 80 % right (grid: 95 % of optimum)"),
     "noise": ("{:,.0f}", "mean squared norm of a batch's gradient: nearly all of it is variance"),
     "kl": ("{:.2f}", "nats an answer to the policy before RL, last ten batches"),
-    "explained variance": ("{:.2f}", "of the return by V: 1 is a perfect V; last ten batches"),
+    "explained variance": ("{:.2f}", "of the return: 1 by a perfect V, 0 by a constant"),
     "score": ("{:.2f}", "mean reward, last ten batches"),
 }
 
@@ -137,14 +137,14 @@ def panel(axis, rung, runs):
 
 
 def draw(runs, path):
-    """A panel for each step whose two rungs are there."""
+    """A panel for each step whose two rungs are there. Returns its path, or None without any."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     algos = {r["algo"] for r in runs}
     rungs = [rung for rung, step in STEPS.items() if {rung, step.above} <= algos]
     if not rungs:
-        return
+        return None
     columns = min(4, len(rungs))
     lines = math.ceil(len(rungs) / columns)
     figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 3.7 * lines), squeeze=False)
@@ -155,6 +155,7 @@ def draw(runs, path):
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     plt.close(figure)
+    return path
 
 
 def run_all(run, runs):
@@ -187,7 +188,8 @@ def comparison(runs):
 def side_by_side(run, runs):
     """All of it: what to look at, the runs, the table and the picture."""
     algos = list(dict.fromkeys(args.algo for args in runs))
-    print("Look at the last column: what a rung changes in the number that its step is about.")
+    print("Look at the last column: what a rung changes in the number that its step is about, if\n"
+          "the rung above it was run, too. ± is a 95 % interval of the mean, wide for few seeds.")
     for name, (_, meaning) in NUMBERS.items():
         print(f"  {name}: {meaning}")
     ended = [read_run(args) for args in run_all(run, runs)]
@@ -198,5 +200,5 @@ def side_by_side(run, runs):
     write_text(Path(f"{path}.md"), text + "\n")
     columns = ("algo", "seed", *NUMBERS)
     write_csv(Path(f"{path}.csv"), [{k: r[k] for k in columns} for r in ended])
-    draw(ended, f"{path}.png")
-    print(f"\n{text}\n\nwritten to {path}.md, .csv and .png")
+    picture = draw(ended, f"{path}.png")
+    print(f"\n{text}\n\nwritten to {path}.md, .csv{' and .png' if picture else ''}")

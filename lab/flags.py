@@ -55,7 +55,7 @@ def parse(argv, table, ladder, beyond):
     for seed in range(first, first + given.get("seeds", 1)):
         for algo in ladder if algos == "all" else dict.fromkeys(algos.split(",")):
             if algo not in rows:
-                p.error(f"--algo {algo}: there are {', '.join(rows)}, and all")
+                p.error(f"--algo '{algo}': there are {', '.join(rows)}, and all")
             row = rows[algo]._asdict()
             args = argparse.Namespace(**defaults | row | given | {
                 "algo": algo, "seed": seed, "asked": algos})

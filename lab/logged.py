@@ -19,7 +19,8 @@ COLUMNS = {  # of metrics.csv that the log shows: width, format, meaning
     "length": (6, ".1f", "tokens an answer (grid: moves)"),
     "finished": (8, ".3f", "share of answers that end by themselves (grid: that reach the meat)"),
     "clip_fraction": (13, ".3f", "share of tokens whose ratio left 1 +- clip during the updates"),
-    "explained_variance": (18, ".3f", "1: V predicts the return, 0: no better than a constant"),
+    "explained_variance": (18, ".3f", "of the return: 1 by a perfect V, 0 by a constant, less by a "
+                           "worse one; nan: V is not used"),
     "grad_norm": (9, ".2f", "of the gradient (not V's head's), mean over updates, before clipping"),
 }
 CODE = ("gae.py", "gpt.py", "gridworld.py", "ppo.py", "reward.py", "train.py", "chat/env.py",
@@ -55,7 +56,7 @@ class Record:
         self.path, self.config = args.folder / "checkpoint.pt", configuration(args, world)
         self.saved = unfinished(self.path, self.config)
         self.rows = self.saved["rows"] if self.saved else []
-        if self.saved and self.saved["step"] < args.steps:
+        if self.saved:
             print(f"going on in {args.folder} after {self.saved['step']} of {args.steps} batches")
         self.begun = time.time() - (self.rows[-1]["seconds"] if self.rows else 0)
         self.due = time.time() + SAVE_EVERY

@@ -23,15 +23,17 @@ def with_prompt(row):
             "chosen": chosen[start:].strip(), "rejected": rejected[start:].strip()}
 
 
-def read_jsonl(path, fields, form=with_prompt):
-    """The rows of a JSONL file, each as form(row): {field: text}. Raises DataError, which says
-    where. If only prompts are asked for, a file of any other name has one on each line."""
+def read_jsonl(path, fields):
+    """The rows of a JSONL file, {field: text} each. Raises DataError, which says where. If only
+    prompts are asked for, a file of any other name has one on each line."""
     plain = fields == ["prompt"] and path.suffix.lower() not in (".jsonl", ".json")
     rows = []
     for number, line in enumerate(read_lines(path), 1):
-        row, field = {}, fields[0]
+        row, field = {}, None
         try:
-            given = {"prompt": line} if plain else form(json.loads(line))
+            given = {"prompt": line} if plain else json.loads(line)
+            field = fields[0]
+            given = with_prompt(given)
             for field in fields:
                 text = given[field]
                 if isinstance(text, list):  # messages, {"role": .., "content": ..} each
@@ -44,8 +46,8 @@ def read_jsonl(path, fields, form=with_prompt):
             rows.append(row)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             if line.strip():  # an empty line counts for nothing
-                raise DataError(f"{path}, line {number}: no JSON object with a text in the field "
-                                f"'{field}'") from None
+                problem = f"no text in the field '{field}'" if field else "no JSON"
+                raise DataError(f"{path}, line {number}: {problem}") from None
     return rows
 
 
