@@ -139,7 +139,7 @@ class GPT(nn.Module):
 
         mask (B, T), 1 on real tokens: pads are not looked at and take no position, so padding on
         the left changes nothing. None: no padding on the left."""
-        B, T = tokens.shape
+        T = tokens.shape[1]
         assert T <= self.config.n_positions
         if mask is None:
             positions = torch.arange(T, device=tokens.device)           # (T,)
@@ -184,8 +184,8 @@ class Sample(NamedTuple):
 def generate(model, prompt, prompt_mask, max_new_tokens, end, temperature=1.0, generator=None):
     """Sample an answer a_0 .. a_{T-1} ~ pi(. | s_t) to each prompt; `end` is the token to end with.
 
-    prompt, prompt_mask (B, P). Returns a `Sample`. Raises ValueError unless prompts are padded on
-    the left and fit with their answers, FloatingPointError if the policy has diverged."""
+    prompt, prompt_mask (B, P). Returns a `Sample`. Raises ValueError if a prompt ends with a pad or
+    does not fit with its answer, FloatingPointError if the policy has diverged."""
     B, P = prompt.shape
     tokens, mask = prompt, prompt_mask.bool()                           # (B, P), grow to (B, P + T)
     if P + max_new_tokens > model.config.n_positions:

@@ -1807,9 +1807,11 @@ def reward_of(tmp_path, code):
                                   "torch.tensor(x).requires_grad_()"])
 def test_a_reward_of_your_own_scores_each_answer(form, tmp_path):
     """A list, an array or a tensor, of prompts and responses."""
+    prompts, responses = ["a", "bcd", "ef"], ["xx", "", "y"]
     score = reward_of(tmp_path, "def f(prompts, responses):\n"
                       "    x = [len(p) - len(r) / 4 for p, r in zip(prompts, responses)]\n"
-                      f"    return {form}")(["a", "bcd", "ef"], ["xx", "", "y"])
+                      f"    responses.clear()\n    return {form}")(prompts, responses)
+    assert len(responses) == 3  # it had a copy
     assert score.dtype == torch.float32 and not score.requires_grad
     close(score, [0.5, 3.0, 1.75])
 
@@ -2157,7 +2159,7 @@ def test_several_runs_go_on_where_they_were_stopped_and_none_is_run_twice(tmp_pa
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--algo ppo-kl --beta 1e30", "the largest weight"), ("--algo grpo --beta 1e38", "gradient"),
+    ("--algo ppo-kl --beta 1e30", "gradient"), ("--algo grpo --beta 1e38", "gradient"),
     ("--algo ppo --vf-coef 1e38", "values"), ("--algo ppo --entropy-coef 1e38", "gradient"),
     ("--algo baseline --vf-coef 1e38 --steps 1", "last update")])
 def test_a_run_that_diverges_ends_with_status_1_and_one_line(flags, says, capsys, tmp_path):
@@ -2226,6 +2228,7 @@ def test_several_runs_on_prompts_without_known_answers_end_with_their_table(smal
     "--env gridworld --reward verifier", "--slip .1", "--beta 1", "--kl-target 3",
     "--algo baseline --lam .9", "--vf-coef 1", "--value-lr 1", "--algo importance --clip .1",
     "--reward verifier --pairs x", "--pairs x --reward-pairs 9", "--prompts x --reward-refresh 9",
+    "--reward verifier --reward-refresh 9", "--reward-refresh 9 --steps 9",
     "--reward verifier --reward-mean 1", "--pairs x --labeller careful"])
 def test_bad_input_gets_one_line_and_status_2(argv, tmp_path, monkeypatch, capsys):
     """It names the flag, and nothing is written."""

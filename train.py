@@ -7,9 +7,8 @@
 
 The loop is the slide "Recap: REINFORCE" and never changes. An algorithm is a row of the table
 LADDER and differs from the row above in one column. A world (chat/env.py, gridworld.py) offers
-    world.sample(policy, B, group, step) -> trajectories, and numbers for the log
-        trajectories is a dictionary: actions, mask, logp_old, values, rewards (B, T),
-        last_value (B,), and what the world itself needs to look at them again:
+    world.sample(policy, B, group, step) -> trajectories, and numbers for the log; the former has
+        actions, mask, logp_old, values, rewards (B, T), last_value (B,), and what the world needs
     world.logits_and_values(policy, trajectories) -> (B, T, V), (B, T)
     world.stream(*use) -> a torch.Generator of its own for each use of randomness
 Left out: several GPUs, early stopping, whatever changes nothing in the formulas.
@@ -199,11 +198,9 @@ def summarise(batch, updates, step, beta, args):
     wrong = [name for name in ("rewards", "values", "weight")
              if not torch.isfinite(batch[name][mask]).all()]
     if wrong or not torch.isfinite(norms).all():
-        reward, weight = (batch[name][mask].abs().max() for name in ("rewards", "weight"))
-        update = int(torch.isfinite(norms).long().cumprod(0).sum())  # the first that went wrong
-        what = wrong[0] if wrong else f"gradient of update {update}"
-        raise FloatingPointError(f"batch {step}: no finite numbers in the {what}; the largest "
-                                 f"reward is {reward:.2g}, the largest weight {weight:.2g}")
+        what = wrong[0] if wrong else "gradient"
+        raise FloatingPointError(f"batch {step}: no finite numbers in the {what}; are the rewards, "
+                                 f"--lr, --value-lr or another flag too large?")
     explained = math.nan
     if args.weight in ("baseline", "gae"):
         explained = explained_variance(batch["values"], batch["target"], mask).item()

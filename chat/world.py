@@ -74,15 +74,17 @@ def fill(template, fact, other=None):
 
 
 def read_table(path, n):
-    """Lines 'a | b | ..' of a text file, n fields each. Raises DataError with file and line."""
-    rows = []
+    """Lines 'a | b | ..' of a text file, n fields each; of two with the same a the second counts.
+
+    Raises DataError with file and line."""
+    rows = {}
     for number, line in enumerate(read_lines(path), 1):
         row = [field.strip() for field in line.split("|")]
         if line.strip() and not line.startswith("#"):
             if len(row) != n or not all(row):
                 raise DataError(f"{path}, line {number}: not {n} fields with a | between them")
-            rows.append(row)
-    return rows
+            rows[row[0]] = row
+    return list(rows.values())
 
 
 class World:

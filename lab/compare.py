@@ -42,7 +42,7 @@ T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.
 NUMBERS = {  # column of the table: format, what it is
     "right": ("{:.1f}", "% of answers that are right (grid: of the optimum), last ten batches"),
     "held out": ("{:.1f}", "% right of 300 answers to held-out questions, after training"),
-    "answers": ("{:.0f}", "sampled until five batches are 80 % right (grid: 95 % of optimum)"),
+    "answers": ("{:.0f}", "sampled to the first of five batches that are 80 % right (grid: 95 %)"),
     "noise": ("{:,.0f}", "mean squared norm of a batch's gradient: nearly all of it is variance"),
     "kl": ("{:.2f}", "nats an answer to the policy before RL, last ten batches"),
     "explained variance": ("{:.2f}", "of the return: 1 by a perfect V, 0 by a constant"),

@@ -1,4 +1,4 @@
-"""Files: never half-written, and whoever reads a damaged one is told so in one line."""
+"""Files: never half-written, and whoever reads half of one is told so in one line."""
 import csv
 import json
 import os
@@ -44,12 +44,15 @@ def write_csv(path, rows):
 
 
 def save(path, result):
-    """What torch.save can write."""
-    write_beside(path, lambda temporary: torch.save(result, temporary))
+    """What torch.save can write. By a file that is open: a path's name would be kept in it."""
+    def write(temporary):
+        with open(temporary, "wb") as f:
+            torch.save(result, f)
+    write_beside(path, write)
 
 
 def load(path):
-    """What `save` wrote. Raises DataError if it is damaged."""
+    """What `save` wrote. Raises DataError if it cannot be read, as it was cut short."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:

@@ -111,12 +111,15 @@ def own_reward(name):
     path, _, function = name.rpartition(":")
     try:
         given = runpy.run_path(path)[function]
+        if not callable(given):
+            raise TypeError(f"{function} is no function")
     except (Exception, SystemExit) as e:
         raise DataError(f"--reward {name}: cannot be loaded ({type(e).__name__}: {e})") from None
 
     def score(prompts, responses):
         try:
-            scores = torch.as_tensor(given(prompts, responses), dtype=torch.float32).detach()
+            result = given(list(prompts), list(responses))
+            scores = torch.as_tensor(result, dtype=torch.float32).detach()
             if scores.shape != (len(responses),) or not scores.isfinite().all():
                 raise ValueError(f"it returned {str(scores.tolist())[:60]}")
         except (Exception, SystemExit) as e:
