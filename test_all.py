@@ -261,15 +261,15 @@ def test_cross_entropy_predicts_each_target_from_the_tokens_before_it():
 def test_fit_warms_up_and_then_falls_to_0_with_clipped_gradients():
     """AdamW at a gradient of length 1, by hand: w *= 1 - 0.01 lr, w -= lr; NaN stops it."""
     model = torch.nn.Linear(1, 1, bias=False)
-    w, by_hand = torch.nn.init.zeros_(model.weight), [0.0]
+    w, by_hand, told = torch.nn.init.zeros_(model.weight), [0.0], []
     for lr in [1 / 3, 2 / 3] + [k / 38 for k in range(38, 0, -1)]:
         by_hand.append(by_hand[-1] * (1 - 0.001 * lr) - 0.1 * lr)
 
     def loss_of_step(step):
         close(w.item(), by_hand[step], 1e-4)
         return w.sum() * {0: 100, 39: 0.25}.get(step, 1)
-    fit(model, loss_of_step, 40, 0.1)
-    assert w.grad == 0.25  # of the last loss alone
+    fit(model, loss_of_step, 40, 0.1, lambda step, loss: told.append(step))
+    assert w.grad == 0.25 and told == [39]  # of the last loss alone
     with pytest.raises(FloatingPointError):
         fit(model, lambda step: w.sum() * NAN, 3, 0.1)
 
@@ -1298,6 +1298,7 @@ def test_the_loop_is_the_one_written_out_here_and_every_option_changes_it(change
     for row, expected in zip(told, log, strict=True):
         assert {name: row[name] for name in expected} == pytest.approx(expected, nan_ok=True)
     assert list(world.batches) == [(8, a.group, step) for step in range(a.steps)]
+    assert len(train.make_optimizer(tiny_gpt(), a).param_groups[1]["params"]) == 2  # V's, of a GPT
     rows = sum(sum(world.updates, []), [])
     epochs = [rows[i:i + 8] for i in range(0, len(rows), 8)]  # all eight, in a new order
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
