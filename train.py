@@ -7,10 +7,11 @@
 
 The loop is the slide "Recap: REINFORCE" and never changes. An algorithm is a row of the table
 LADDER and differs from the row above in one column. A world (chat/env.py, gridworld.py) offers
-    world.sample(policy, B, group, step) -> trajectories, and numbers for the log; the former has
-        actions, mask, logp_old, values, rewards (B, T), last_value (B,), and what the world needs
+    world.sample(policy, B, group, step) -> trajectories, numbers for the log
     world.logits_and_values(policy, trajectories) -> (B, T, V), (B, T)
     world.stream(*use) -> a torch.Generator of its own for each use of randomness
+Trajectories are a dictionary of tensors: actions, mask, logp_old, values, rewards (B, T),
+last_value (B,), and what the world itself needs to look at them again.
 Left out: several GPUs, early stopping, whatever changes nothing in the formulas.
 """
 import os
