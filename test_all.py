@@ -2443,7 +2443,8 @@ def test_every_command_of_the_readmes_is_understood(tmp_path, monkeypatch):
     ("ppo.py", " 1.21       1.20    0.00      -1.21   -1.21"),
     ("gpt.py", "after 'A policy' it says:  is a language model that is paid"),
     ("reward.py", "Where is Shanghai?"),
-    ("gridworld.py", "a cat that moves at random gets"), ("chat/world.py", "Where is ")])
+    ("gridworld.py", "\n.>  97.0  .>  98.0  .>  99.0  .> 100.0  M    0.0\n"),
+    ("chat/world.py", "Where is ")])
 def test_the_worked_example_of_each_file_runs(file, says, capsys):
     runpy.run_path(str(TOP / file), run_name="__main__")
     assert says in capsys.readouterr().out
