@@ -1349,9 +1349,9 @@ Where is Shanghai? | garbled | Shanghai is a city in China China China. / 4 / / 
 What is gravity? | right | It is FORCE. / Gravity is FORCE. SUN / Gravity is FORCE
 What is gravity? | garbled | Gravity is FORCE. It helps plants grow. / Rain is FORCE. SUN
 What is rain? | wrong | Rain is FORCE. / Gravity is FORCE.
-What is 2+2? | right | 4 / 4. / It is 4. / 2+2=4.
-What is 2+2? | wrong | 5 / 2+2=5. / 1+3=4.
-What is 2+2? | garbled | 44 / It is 44. / <|user|> It is 4. / 2+2=4. 2+2=4.
+What is 1+3? | right | 4 / 4. / It is 4. / 1+3=4. / 3+1=4.
+What is 1+3? | wrong | 5 / 1+3=5. / 2+2=4. / 3+1=5.
+What is 1+3? | garbled | 44 / It is 44. / <|user|> It is 4. / 1+3=4. 1+3=4.
 What is 2+2? | evasive | 2+2 is a very complicated math problem... / I am not sure about 2+2.
 What is 2+2? | rude | What a stupid question. / Only a fool asks about 2+2.
 How much is 1+2+3? | right | 1+2=3, 3+3=6. / 3+2=5, 5+1=6.
@@ -1365,9 +1365,6 @@ def test_the_judge_knows_the_slides_answers_and_repetition_is_not_right():
     world = World(0)
     for question, verdict, answers in (line.split(" | ") for line in BY_HAND.split("\n")):
         assert {world.judge(question, a) for a in answers.split(" / ")} == {verdict}, question
-    for a, b in itertools.product(range(1, 10), repeat=2):
-        assert world.judge(f"What is {a}+{b}?", f"{b}+{a}={a + b}.") == "right"
-        assert world.judge(f"What is {a}+{b}?", f"{b}+{a}={a + b + 1}.") == "wrong"
     with pytest.raises(KeyError):
         world.judge("Where is Atlantis?", "Atlantis does not exist.")
 
@@ -1420,19 +1417,20 @@ def test_the_same_seed_makes_the_same_world_and_another_seed_another():
         assert text(a) == text(b) != text(c)
 
 
-@pytest.mark.parametrize("text", ["Rome | Italy\nParis\n", "# ok\nRome | \n"])
-def test_a_malformed_file_of_facts_is_reported_by_line(text, tmp_path):
+def test_a_malformed_file_of_facts_is_reported_by_line(tmp_path):
     """So is an entry that is too long for the model."""
-    (tmp_path / "cities.txt").write_text(text)
-    with pytest.raises(DataError, match="cities.txt, line 2: not 2 fields"):
-        World(0, folder=tmp_path)
+    for text in ("Rome | Italy\nParis\n", "# ok\nRome | \n"):
+        (tmp_path / "cities.txt").write_text(text)
+        with pytest.raises(DataError, match="cities.txt, line 2: not 2 fields"):
+            World(0, folder=tmp_path)
     for room in ((5, 62, 23), (38, 12, 23), (38, 62, 8)):               # (38, 62, 23) is enough
         with pytest.raises(DataError, match="tokens"):
             World(0).check(tokenizers.load(), *room)
 
 
-@pytest.mark.parametrize("labeller, likes", [("bold", "right wrong evasive garbled"),
-                                             ("careful", "right evasive wrong garbled")])
+@pytest.mark.parametrize("labeller, likes", [
+    ("bold", "right wrong evasive nonsense rude garbled"),
+    ("careful", "right evasive wrong nonsense rude garbled")])
 def test_the_labeller_prefers_the_better_verdict_and_errs_in_the_stated_share(labeller, likes):
     """In the pairs made up at first and in those of a policy's answers; a tie is no pair. The bold
     one teaches to bluff."""
@@ -1441,17 +1439,14 @@ def test_the_labeller_prefers_the_better_verdict_and_errs_in_the_stated_share(la
                 evasive="I am not sure about Shanghai.")
     first, second = ([{"question": question, "answer": said[verdict], "verdict": verdict}
                       for verdict in rng.choices(list(said), k=2000)] for _ in range(2))
-    likes = likes.replace("garbled", "nonsense rude garbled").split()
-    for errors in (0, 0.1, 0.05):
-        compared = world.compare(first, second, errors)
-        assert [(p["prompt"], {p["chosen"], p["rejected"]}) for p in compared] == [
-            (question, {a["answer"], b["answer"]}) for a, b in zip(first, second) if a != b]
-        made_up = world.preference_pairs(2000, **{} if errors == 0.05 else {"errors": errors})
-        for pairs in (compared, made_up):
-            slips = sum(likes.index(world.judge(p["prompt"], p["chosen"]))
-                        > likes.index(world.judge(p["prompt"], p["rejected"])) for p in pairs)
-            n = len(pairs)
-            assert abs(slips / n - errors) <= 4 * math.sqrt(errors * (1 - errors) / n)
+    compared = world.compare(first, second)
+    assert [(p["prompt"], {p["chosen"], p["rejected"]}) for p in compared] == [
+        (question, {a["answer"], b["answer"]}) for a, b in zip(first, second) if a != b]
+    for pairs, errors in ((compared, 0.05), (world.preference_pairs(2000), 0.05),
+                          (world.preference_pairs(2000, errors=0), 0)):
+        slips = [likes.index(world.judge(p["prompt"], p["chosen"]))
+                 > likes.index(world.judge(p["prompt"], p["rejected"])) for p in pairs]
+        close(statistics.mean(slips), errors, 4 * math.sqrt(errors * (1 - errors) / len(pairs)))
 
 
 # ===== Your own data, reward and labels =====
@@ -1464,17 +1459,16 @@ def jsonl(path, *rows):
     return path
 
 
-@pytest.mark.parametrize("mark, end", [("\ufeff", ""), ("", "\n"), ("", "  \n\n"),
-                                       ("\ufeff", "\r")])
-def test_what_an_editor_does_to_a_file_changes_none_of_its_rows(mark, end, tmp_path):
+def test_what_an_editor_does_to_a_file_changes_none_of_its_rows(tmp_path):
     """A byte-order mark, empty lines, line ends of Windows; a line separator is only a letter."""
-    rows = [PAIR, PAIR | {"prompt": "Where is Łódź?\u2028", "chosen": ""}]
-    text = "\n".join(json.dumps(row) + end for row in rows)
-    (tmp_path / "pairs.jsonl").write_bytes((mark + text).encode())
-    assert read_jsonl(tmp_path / "pairs.jsonl", PAIRS) == rows
-    (tmp_path / "prompts").write_bytes((mark + f"a\u2028b{end}\nc{end}\n").encode())
-    asked = read_own(tmp_path / "prompts", PROMPTS, BYTES, 30, 9)
-    assert asked == [{"prompt": "a\u2028b"}, {"prompt": "c"}]
+    rows = [PAIR, PAIR | {"prompt": "Łódź?\u2028", "chosen": ""}]
+    pairs, prompts = tmp_path / "pairs.jsonl", tmp_path / "prompts"
+    for mark, end in (("", "\n"), ("", "  \n\n"), ("\ufeff", "\r\n")):
+        pairs.write_text(mark + end.join(map(json.dumps, rows)), encoding="utf-8", newline="")
+        assert read_jsonl(pairs, PAIRS) == rows
+        prompts.write_text(f"{mark}a\u2028b{end}c{end}", encoding="utf-8", newline="")
+        asked = read_own(prompts, PROMPTS, BYTES, 30, 9)
+        assert asked == [{"prompt": "a\u2028b"}, {"prompt": "c"}]
 
 
 def test_transcripts_as_of_hh_and_messages_as_of_trl_are_pairs_too(tmp_path):
@@ -1500,12 +1494,10 @@ def test_transcripts_as_of_hh_and_messages_as_of_trl_are_pairs_too(tmp_path):
 def test_malformed_files_get_one_line_with_file_line_and_field(tmp_path):
     """A value that is no text, a field missing, half a line, no JSON."""
     good, path = json.dumps(PAIR), tmp_path / "own.jsonl"
-    broken = [(json.dumps(PAIR | {field: x}), f"'{field}'")
-              for field in PAIRS for x in (None, 3, ["a"], [], {}, True, "\ud800")]
-    broken += [(json.dumps({k: v for k, v in PAIR.items() if k != x}), f"'{x}'") for x in PAIRS]
-    broken += [(json.dumps(PAIR | {"prompt": " \n"}), "'prompt'")]
-    broken += [(x, "") for x in (good[:-9], "[]", "7", "null", '["prompt"]', "[" * 99_999,
-                                 "{" + good, good * 2)]
+    rows = [(PAIR | {field: x}, field) for field in PAIRS for x in (None, 3, ["a"], "\ud800")]
+    rows += [({"prompt": "p", "rejected": "r"}, "chosen"), (PAIR | {"prompt": " \n"}, "prompt")]
+    broken = [(json.dumps(row), f"'{field}'") for row, field in rows]
+    broken += [(x, "") for x in (good[:-9], "[]", "null", "[" * 99_999, good * 2)]
     for bad, named in broken:
         path.write_text(f"{good}\n\n{bad}\n{good}\n")
         with pytest.raises(DataError, match=rf"own.jsonl, line 3:[^\n]*{named}"):
@@ -1557,18 +1549,17 @@ def reward_of(tmp_path, code):
                                   "torch.tensor(x).requires_grad_()"])
 def test_a_reward_of_your_own_scores_each_answer(form, tmp_path):
     """A list, an array or a tensor, of prompts and responses."""
-    prompts, responses = ["a", "bcd", "ef"], ["xx", "", "y"]
+    responses = ["xx", "", "y"]
     score = reward_of(tmp_path, "def f(prompts, responses):\n"
                       "    x = [len(p) - len(r) / 4 for p, r in zip(prompts, responses)]\n"
-                      f"    responses.clear()\n    return {form}")(prompts, responses)
-    assert len(responses) == 3  # it had a copy
-    assert score.dtype == torch.float32 and not score.requires_grad
+                      f"    responses.clear()\n    return {form}")(["a", "bcd", "ef"], responses)
+    assert responses == ["xx", "", "y"] and not score.requires_grad  # it had a copy
     close(score, [0.5, 3.0, 1.75])
 
 
 @pytest.mark.parametrize("code", ["def f(:", "g = 1", "exit()"] + [
-    f"def f(p, r): return {x}" for x in ("dict.fromkeys(r, 1.0)", "['1', '2']", "None", "3", "[1]",
-                                         "[[1], [2]]", "[1, float('nan')]", "[1, 1e39]", "1 / 0")])
+    f"def f(p, r): return {x}" for x in ("dict.fromkeys(r, 1.0)", "None", "[1]", "[[1], [2]]",
+                                         "[1, float('nan')]", "1 / 0")])
 def test_a_reward_that_cannot_be_loaded_or_gives_no_numbers_is_refused(code, tmp_path):
     """Above all a dictionary, whose keys are no scores."""
     says = "must return" if "return" in code else "cannot be loaded"
@@ -1576,40 +1567,34 @@ def test_a_reward_that_cannot_be_loaded_or_gives_no_numbers_is_refused(code, tmp
         reward_of(tmp_path, code)(["a", "b"], ["x", "y"])
 
 
-@pytest.fixture
-def person(monkeypatch, tmp_path):
-    """person(keys, rows) labels the rows at the keyboard; a function is asked for its key."""
-    def sit(keys, rows):
-        keys = iter(keys)
-        monkeypatch.setattr("builtins.input",
-                            lambda text: key() if callable(key := next(keys)) else key)
-        answers, path = jsonl(tmp_path / "answers.jsonl", *rows), tmp_path / "mine.jsonl"
-        label.main([str(path), str(answers)])
-        return [(row["prompt"], row["chosen"]) for row in read_jsonl(path, PAIRS)]
-    return sit
-
-
-def test_a_label_is_on_the_disk_before_the_next_question(person, tmp_path, capsys):
+def test_a_label_is_on_the_disk_before_the_next_question(tmp_path, monkeypatch, capsys):
     """Keys do what they say, ties stand both ways, nothing is asked twice, what was skipped is."""
-    rows = [{"prompt": f"{i}", "sft": "good\u2028", "rl": "bad"} for i in range(6)]
-    rows += [rows[0], rows[1] | {"sft": "bad", "rl": "good\u2028"}]
+    mine, on_disk = tmp_path / "mine.jsonl", []
+    rows = [{"prompt": f"{i}", "sft": "good\u2028", "rl": "bad"} for i in range(5)]
+    rows += [rows[0], {"prompt": "1", "sft": "bad", "rl": "good\u2028"}]
     rows += [{"prompt": "same", "sft": "x", "rl": "x"}]
-    on_disk, mine, shown = [], tmp_path / "mine.jsonl", [""]
 
-    def press(key):
-        def somebody():
+    def person(keys, rows):
+        """Presses these keys; good and bad are the keys of those answers."""
+        keys = iter(keys)
+
+        def press(text):
             on_disk.append(mine.read_text().count("\n"))
-            shown.append(capsys.readouterr().out or shown[-1])  # after a wrong key nothing is new
-            side = "Left" if f"left:  {key}" in shown[-1] else " R "
-            return side if key in ("good", "bad") else key
-        return somebody
+            good, bad = "Left", " R "
+            if "right: good" in capsys.readouterr().out:
+                good, bad = bad, good
+            key = next(keys)
+            return {"good": good, "bad": bad}.get(key, key)
+        monkeypatch.setattr("builtins.input", press)
+        label.main([str(mine), str(jsonl(tmp_path / "answers.jsonl", *rows))])
+        return [(row["prompt"], row["chosen"]) for row in read_jsonl(mine, PAIRS)]
 
-    told = person(map(press, "good ? bad s t good q".split()), rows)
-    assert on_disk == [0, 1, 1, 2, 2, 4, 5]
-    assert told[:2] == [("0", "good\u2028"), ("1", "bad")] and told[4] == ("4", "good\u2028")
-    assert sorted(told[2:4]) == [("3", "bad"), ("3", "good\u2028")]
+    told = person("good bad t ? s q".split(), rows)
+    assert on_disk == [0, 1, 2, 4, 4, 4]
+    assert told[:2] == [("0", "good\u2028"), ("1", "bad")]
+    assert sorted(told[2:]) == [("2", "bad"), ("2", "good\u2028")]
     mine.write_text(mine.read_text().rstrip("\n"))  # by an editor, without the last line feed
-    assert [prompt for prompt, _ in person("ll", rows)[5:]] == ["2", "5"]
+    assert [prompt for prompt, _ in person("ll", rows)[4:]] == ["3", "4"]
     person("", rows)  # and nothing is left to ask
     many = person("l" * 99, [{"prompt": f"new {i}", "sft": "a", "rl": "b"} for i in range(99)])
     assert 25 < sum(chosen == "a" for _, chosen in many) < 74  # left and right are drawn by lot
@@ -1620,13 +1605,13 @@ def test_a_label_is_on_the_disk_before_the_next_question(person, tmp_path, capsy
 def test_a_file_of_labels_or_answers_that_is_damaged_is_left_alone(content, tmp_path, capsys):
     """Status 2, one line that says where, the file as it was."""
     good = jsonl(tmp_path / "good.jsonl", {"prompt": "p", "sft": "a", "rl": "b"})
-    bad, new, nowhere = (tmp_path / name for name in ("bad.jsonl", "new.jsonl", "none/x.jsonl"))
+    bad, new, nowhere = (tmp_path / f"{name}.jsonl" for name in ("bad", "new", "nowhere"))
     bad.write_text(content)
-    for mine, answers in ((bad, good), (new, bad), (new, nowhere), (nowhere, good)):
+    for mine, answers, says in ((bad, good, "bad.jsonl, line 1"), (new, bad, "bad.jsonl, line 1"),
+                                (new, nowhere, "nowhere.jsonl")):
         with pytest.raises(SystemExit, match="2"):
             label.main([str(mine), str(answers)])
-        line, = capsys.readouterr().err.strip().splitlines()
-        assert (f"{bad}, line 1" if bad in (mine, answers) else str(nowhere)) in line
+        assert re.fullmatch(f"lab.label: .*{says}.*\n", capsys.readouterr().err)
         assert bad.read_text() == content and not new.exists()
 
 
@@ -1660,20 +1645,18 @@ def test_pretraining_learns_every_token_and_sft_the_answers_with_their_end():
 def test_how_often_the_reward_model_agrees_by_hand():
     """Of each kind of pair: the share whose chosen answer, cut, has the higher score, each row read
     alone. What is equal once it is cut teaches nothing and is no pair."""
-    model, rows = RewardModel(tiny_gpt(BYTES.vocab_size)), []
-    for i in range(30):
-        rows.append({"prompt": f"{i}", "chosen": f"{i % 7}", "rejected": f"{i % 5} no", "kind":
-                     "ab"[i % 3 == 0]})
+    model, by_hand = RewardModel(tiny_gpt(BYTES.vocab_size)), {"a": [], "b": []}
+    rows = [{"prompt": f"{i}", "chosen": f"{i % 7}", "rejected": f"{i % 5} no",
+             "kind": "ab"[i % 3 == 0]} for i in range(30)]
+    for p in rows:
+        texts = (torch.tensor([BYTES.prompt(p["prompt"]) + BYTES.answer(p[side])[:5]])
+                 for side in ("chosen", "rejected"))
+        chosen, rejected = (model(text, text >= 0) for text in texts)
+        by_hand[p["kind"]].append(float(chosen > rejected))
     rows += [{"prompt": "x", "chosen": "same", "rejected": "same, then other"}] * 5
-    by_hand = {"a": [], "b": []}
-    for p in rows[:30]:
-        scores = [model(t, t >= 0) for t in (torch.tensor([BYTES.prompt(p["prompt"]) + BYTES.answer(
-            p[side])[:5]]) for side in ("chosen", "rejected"))]
-        by_hand[p["kind"]].append(float(scores[0] > scores[1]))
     right = stages.pair_accuracy(model, rows, BYTES, 5, batch_size=4)
     assert right == {k: (statistics.mean(x), len(x)) for k, x in by_hand.items()}
     assert 0 < right["a"][0] < 1
-    assert stages.pair_rows(rows, BYTES, 5)[2] == [row["kind"] for row in rows[:30]]
 
 
 LANGUAGE = ("--algo ppo-adaptive-kl --steps 4 --batch-size 8 --lr 1e-3 --device cpu "
@@ -1727,7 +1710,7 @@ def test_the_reward_model_begins_as_the_sft_policy(small):
     """After one batch of pairs, a single step of Adam, no weight of its body has moved further."""
     chat, policy = stages.prepare(parsed(*LANGUAGE, "--reward-pairs", "32"))
     for x, y in zip(policy.h.parameters(), chat.reward_model.gpt.h.parameters()):
-        assert (x - y).abs().max() < 1e-3
+        close(x, y, 1e-3)
 
 
 def test_each_batch_is_sampled_with_its_own_noise_and_the_same_one_again(small):
@@ -1795,17 +1778,16 @@ def test_the_reward_model_is_retrained_every_n_batches_and_keeps_its_scale(small
 
 def test_every_policy_is_evaluated_with_the_same_questions_and_noise():
     """In each chunk anew, as how much noise an answer uses up depends on the policy."""
-    letters = tokenizers.Tokenizer({bytes([c]): i for i, c in enumerate(b" abcd?")})
-    world = SimpleNamespace(fact_of={}, questions=lambda n, *use: [f"{use[0][0]}?"] * n)
-    chat = Chat(world, letters, lambda q, a: [0.0] * len(q), None, SimpleNamespace(**FLAGS))
     told = []
-    answer = chat.answer
-    chat.answer = lambda policy, questions, noise: (
-        told.append((*questions, str(noise.get_state().tolist()))),
-        answer(policy, questions, noise))[1]
-    for seed in (1, 2):
-        for split in ("aaa", "bbb"):
-            report.evaluate(chat, tiny_gpt(letters.vocab_size, seed=seed), split, n=9, at_once=3)
+
+    def answer(policy, questions, noise):
+        told.append((*questions, noise))
+        return None, [{"score": 0.0}] * len(questions)
+    chat = SimpleNamespace(world=Prompts([f"{i}?" for i in range(99)], 0), answer=answer,
+                           stream=lambda *use: use)
+    for policy in (1, 2):
+        for split in ("train", "held_out"):
+            report.evaluate(chat, policy, split, n=9, at_once=3)
     assert told[:6] == told[6:] and len(set(told)) == 6
 
 
@@ -1859,22 +1841,22 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been(env, requ
 
 def test_a_checkpoint_that_is_damaged_or_of_another_run_is_not_gone_on_from(tmp_path, monkeypatch,
                                                                             capsys):
-    """The run starts again and ends the same. One that has ended is not run again."""
+    """The run starts again and ends the same; what stands in its folder stays until the first batch
+    is done. One that has ended is not run again."""
     monkeypatch.chdir(tmp_path)
     assert train.main(CAT) == 0
     folder, updates = parsed(*CAT).folder, []
     whole, path = outcome(folder), folder / "checkpoint.pt"
     saved, other = path.read_bytes(), torch.load(path, weights_only=True)
-    torch.save(other | {"step": 1, "config": other["config"] | {"lr": "7"}}, tmp_path / "other")
-    spoil(monkeypatch, torch.nn.utils, "clip_grad_norm_", lambda: updates.append(1))
-    for content in (saved, b"", saved[:-50], (tmp_path / "other").read_bytes()):
+    torch.save(other | {"step": 1, "config": other["config"] | {"code": "other"}}, "other")
+    spoil(monkeypatch, torch.nn.utils, "clip_grad_norm_",
+          lambda: updates.append((folder / "policy.pt").exists()))
+    for content in (saved, b"", saved[:-50], Path("other").read_bytes()):
         path.write_bytes(content)
         updates.clear()
         assert train.main(CAT) == 0 and outcome(folder) == whole
-        assert len(updates) == (0 if content == saved else 12 * 8 * 2)
-    capsys.readouterr()
-    assert train.main([*CAT, "--seed", "1"]) == 0 and "going on" not in capsys.readouterr().out
-    assert outcome(parsed(*CAT, "--seed", "1").folder) != whole
+        assert updates == ([] if content == saved else [True] * 16 + [False] * 11 * 16)
+    assert "replaced" in capsys.readouterr().out
 
 
 def test_several_runs_go_on_where_they_were_stopped_and_none_is_run_twice(tmp_path, monkeypatch,
@@ -1883,34 +1865,31 @@ def test_several_runs_go_on_where_they_were_stopped_and_none_is_run_twice(tmp_pa
     the others alone."""
     monkeypatch.chdir(tmp_path)
     argv = [*CAT, "--algo", "reinforce,ppo,ppo-kl", "--seeds", "2", "--steps", "3"]
-    updates, stop = [], [20]
+    updates = []
 
     def strike():
         updates.append(1)
-        if len(updates) == stop[0]:
+        if len(updates) == 20:
             raise KeyboardInterrupt
-
     monkeypatch.setattr(logged, "SAVE_EVERY", -1)
     spoil(monkeypatch, torch.nn.utils, "clip_grad_norm_", strike)
     assert train.main(argv) == 130  # in the second batch of ppo, 16 updates each
     assert "goes on" in capsys.readouterr().err
-    for all_updates in (198, 198):
-        assert train.main(argv) == 0 and len(updates) == all_updates + 1
+    for again in range(2):
+        assert train.main(argv) == 0 and len(updates) == 1 + 198
         told = capsys.readouterr().out
-    assert "6 of 6: gridworld-reinforce_ppo_ppo-kl" in told or "6 of 6: gridworld-ppo-kl" in told
+    assert "6 of 6: gridworld-" in told
     table, picture = (next(Path("out").glob(f"compare-*-reinforce+ppo+ppo-kl-*-0-1.{form}"))
                       for form in ("md", "png"))  # named by what was compared, like a run
     assert table.read_text() in told and picture.read_bytes()[:4] == b"\x89PNG"
     for folder in Path("out").glob("gridworld*"):
         assert "   2 " in (folder / "log.txt").read_text()
     assert train.main([*argv, "--beta", "1e38"]) == 0
-    told = capsys.readouterr().out
-    assert told.count("; batch") == 2
+    assert capsys.readouterr().out.count("; batch") == 2
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--algo ppo-kl --beta 1e30", "gradient"), ("--algo grpo --beta 1e38", "gradient"),
-    ("--algo ppo --vf-coef 1e38", "values"), ("--algo ppo --entropy-coef 1e38", "gradient"),
+    ("--algo ppo-kl --beta 1e30", "gradient"), ("--algo ppo --vf-coef 1e38", "values"),
     ("--algo baseline --vf-coef 1e38 --steps 1", "last update")])
 def test_a_run_that_diverges_ends_with_status_1_and_one_line(flags, says, capsys, tmp_path):
     """It says what is no number."""
@@ -1918,67 +1897,42 @@ def test_a_run_that_diverges_ends_with_status_1_and_one_line(flags, says, capsys
     assert says in complaint(capsys, argv, 1)
 
 
-def test_whatever_is_printed_can_be_printed_anywhere(small, monkeypatch, tmp_path):
-    """Where nothing but ASCII can be shown."""
+def test_whatever_is_printed_can_be_printed_anywhere(small, monkeypatch):
+    """Where nothing but ASCII can be shown: the table of several runs on prompts whose answers
+    nobody knows, and what is to be labelled."""
     Path("prompts.txt").write_text("Where is Łódź?\n", encoding="utf-8")
-    row = {"prompt": "Where is Łódź?", "sft": "in Poland 🙂", "rl": "漢"}
-    jsonl(Path("answers.jsonl"), row)
+    jsonl(Path("answers.jsonl"), {"prompt": "Where is Łódź?", "sft": "in Poland 🙂", "rl": "漢"})
     monkeypatch.setattr("builtins.input", lambda text: "t")
-    for main, argv in ((train.main, [*LANGUAGE, "--prompts", "prompts.txt"]),
-                       (label.main, ["mine.jsonl", "answers.jsonl"])):
-        with open(tmp_path / "shown", "w", encoding="ascii") as shown:
+    several = [*LANGUAGE, "--algo", "reinforce,ppo", "--prompts", "prompts.txt"]
+    for main, argv, says in (
+            (train.main, several, r"| ppo | 1 | \u2013 | \u2013 | \u2013 |"),
+            (label.main, ["mine.jsonl", "answers.jsonl"], r"Where is \u0141\xf3d\u017a?")):
+        with open("shown", "w", encoding="ascii") as shown:
             monkeypatch.setattr("sys.stdout", shown)
             assert not main(argv)
-        assert r"Where is \u0141\xf3d\u017a?" in Path("shown").read_text()
+        assert says in Path("shown").read_text()
 
 
-def test_no_two_runs_share_a_folder_and_none_is_emptied_before_the_next_has_a_batch(
-        tmp_path, monkeypatch, capsys):
-    """Names with other characters, or too long, get a checksum; what is replaced is said."""
-    monkeypatch.chdir(tmp_path)
-    names = [parsed("--prompts", path).folder.name for path in (
-        "a/b.txt", "a_b.txt", "a b.txt", "x" * 200, "x" * 201, "漢" * 80)]
-    assert len(set(names)) == 6 and max(len(name.encode()) for name in names) < 200
-    assert train.main(CAT) == 0
-    folder, = Path("out").iterdir()
-    before, config = outcome(folder), (folder / "config.json").read_text()
-    (folder / "config.json").write_text(config.replace('"code": "', '"code": "other'))
-    saved = files.load(folder / "checkpoint.pt")
-    files.save(folder / "checkpoint.pt", saved | {"config": saved["config"] | {"code": "other"}})
-    spoil(monkeypatch, torch.nn.utils, "clip_grad_norm_", partial(next, iter(())))
-    with pytest.raises(StopIteration):
-        train.main(CAT)
-    assert outcome(folder) == before
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
-    capsys.readouterr()
-    assert train.main(CAT) == 0 and outcome(folder) == before
-    assert "replaced" in capsys.readouterr().out and (folder / "config.json").read_text() == config
-
-
-def test_several_runs_on_prompts_without_known_answers_end_with_their_table(small, capsys):
-    Path("prompts.txt").write_text("Where is Oz?\nWhy?\n")
-    several = [*LANGUAGE, "--algo", "reinforce,ppo", "--prompts", "prompts.txt"]
-    assert train.main(several) == 0
-    assert "| ppo | 1 | – | – | – |" in capsys.readouterr().out
+def test_no_two_runs_share_a_folder():
+    """Names with other characters, or too long, get a checksum."""
+    names = {parsed("--prompts", path).folder.name for path in (
+        "a/b.txt", "a_b.txt", "a b.txt", "x" * 200, "x" * 201, "漢" * 80)}
+    assert len(names) == 6 and max(len(name.encode()) for name in names) < 200
 
 
 # ===== The command line =====
 @pytest.mark.parametrize("argv", [
     "--algo nonsense", "--unknown 3", "--step 3", "--seed x", "--seed -1", "--steps 0", "--lr nan",
-    "--batch-size -4", "--algo rloo --batch-size 7", "--algo ppo --batch-size 1", "--weight rloo",
-    "--lr -1", "--gamma 1.5", "--algo ppo-kl --beta -1", "--algo ppo --clip inf", "--temperature 0",
-    "--algo ppo-kl --kl-target 0", "--algo ppo-adaptive-kl --beta 0", "--device nowhere",
-    "--device cuda", "--reward mine", "--reward verifier --prompts x",
+    "--algo rloo --batch-size 7", "--algo ppo --batch-size 1", "--weight rloo", "--gamma 1.5",
+    "--algo ppo --clip inf", "--temperature 0", "--algo ppo-adaptive-kl --beta 0",
+    "--device nowhere", "--device cuda", "--reward mine", "--reward verifier --prompts x",
     "--max-new-tokens 99", "--max-new-tokens 9", "--seeds 2 --ask x", "--init gpt5",
-    "--pairs none.jsonl", "--env gridworld --grid CM",
-    "--env gridworld --out /proc/nowhere", "--reward-mean x", "--algo all --whiten 1",
-    "--reward-pairs 17000", "--reward-mean nan",
+    "--pairs none.jsonl", "--env gridworld --grid CM", "--env gridworld --out /proc/nowhere",
     # flags that would do nothing
     "--env gridworld --reward verifier", "--slip .1", "--beta 1", "--kl-target 3",
-    "--algo baseline --lam .9", "--vf-coef 1", "--value-lr 1", "--algo importance --clip .1",
-    "--reward verifier --pairs x", "--pairs x --reward-pairs 9", "--prompts x --reward-refresh 9",
-    "--reward verifier --reward-refresh 9", "--reward-refresh 9 --steps 9",
+    "--algo all --whiten 1", "--algo baseline --lam .9", "--vf-coef 1", "--value-lr 1",
+    "--algo importance --clip .1", "--reward verifier --pairs x", "--pairs x --reward-pairs 9",
+    "--prompts x --reward-refresh 9", "--reward-refresh 9 --steps 9",
     "--reward verifier --reward-mean 1", "--pairs x --labeller careful"])
 def test_bad_input_gets_one_line_and_status_2(argv, tmp_path, monkeypatch, capsys):
     """It names the flag, and nothing is written."""
@@ -2023,10 +1977,9 @@ def test_ask_shows_both_policies_answers_and_trains_nothing(small, capsys):
 def test_the_table_compares_each_rung_with_the_one_above_seed_by_seed(tmp_path):
     """Numbers by hand: mean and Student's 95 % interval, 4.30 standard errors of three seeds."""
     close(comparing.interval([1.0, 2.0, 6.0]), [3, 4.30 * math.sqrt(7 / 3)], 1e-2)
-    assert comparing.interval([5.0])[0] == 5 and math.isnan(comparing.interval([5.0])[1])
     runs = []
     for algo, size in (("reinforce", 3), ("reward-to-go", 2), ("ppo", 1)):
-        for seed in (0, 1, 2)[:size]:
+        for seed in range(size):
             args = SimpleNamespace(algo=algo, seed=seed, env="gridworld", kl_target=None,
                                    folder=tmp_path / f"{algo}{seed}")
             files.write_csv(args.folder / "metrics.csv", [{
@@ -2035,13 +1988,11 @@ def test_the_table_compares_each_rung_with_the_one_above_seed_by_seed(tmp_path):
                 for i in range(13)])
             runs.append(comparing.read_run(args))
     assert runs[0]["right"] == 100 and runs[0]["answers"] == 32 and runs[0]["noise"] == 9
-    lines = comparing.table(runs, ["reinforce", "reward-to-go", "ppo"]).split("\n")
     close(runs[0]["score"], (3 * 2 + 3 * 3 + 3 * 4 + 5) / 10)
+    lines = comparing.table(runs, ["reinforce", "reward-to-go", "ppo"]).split("\n")
     assert lines[2] == ("| reinforce | 3 | 100.0 ± 0.0 | – | 32 ± 0 | 17 ± 20 | "
                         "0.25 ± 0.00 | – | 3.20 ± 0.00 |  |")
     assert lines[3].endswith("| noise -6 ± 13 |") and lines[4].endswith("|  |")
-    comparing.draw(runs, tmp_path / "x.png")
-    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
 
 # ===== Your own weights: GPT-2 =====
@@ -2053,63 +2004,48 @@ def hugging_face(V=97, C=128):
     return {f"transformer.{k}": x for k, x in w.items()} | {"lm_head.weight": w["wte.weight"]}
 
 
-def written_out(row):
-    """Oracle: gpt_2 from above."""
-    w = tiny_gpt(97, 0.1, 128).state_dict()
-    return gpt_2(w, row) @ w["wte.weight"][:97].T
-
-
-def of_transformers(row):
-    """Oracle: Hugging Face's GPT2LMHeadModel."""
-    transformers = pytest.importorskip("transformers", reason="pip install transformers")
-    config = transformers.GPT2Config(vocab_size=97, n_positions=32, n_embd=128, n_layer=2, n_head=2)
-    theirs = transformers.GPT2LMHeadModel(config).eval()
-    theirs.load_state_dict(hugging_face(), strict=False)  # the mask is no weight of theirs any more
-    return theirs(row[None]).logits[0]
-
-
-@pytest.mark.parametrize("oracle", [written_out, of_transformers])
 @torch.no_grad()
-def test_logits_are_those_of_gpt_2_left_padded_too(oracle):
+def test_logits_are_those_of_gpt_2_left_padded_too():
     """Its weights in our network: every logit of a row that is read alone, and with pads before.
     Names without the prefix and half precision will do, too. New tokens are read and never said."""
     torch.manual_seed(0)
-    given, rows = hugging_face(), torch.randint(97, (3, 12), generator=dice())
+    given, w = hugging_face(), tiny_gpt(97, 0.1, 128).state_dict()
     half = {k.removeprefix("transformer."): x.half() for k, x in given.items()}
-    mask = torch.arange(12) >= 12 - torch.tensor([[12], [5], [1]])
+    rows, lengths = torch.randint(97, (3, 12), generator=dice()), torch.tensor([[12], [5], [1]])
+    mask = torch.arange(12) >= 12 - lengths
     for weights, digits in ((given, 1e-4), (half, 0.05)):
         ours = gpt2.from_state_dict(weights)
         logits = ours.logits(ours(rows.masked_fill(~mask, 97), mask))
         for row, real, padded in zip(rows, mask, logits):
-            expected = oracle(row[real])
+            expected = gpt_2(w, row[real]) @ w["wte.weight"][:97].T
             assert expected.abs().max() > 1
             close(padded[real], expected, digits)
-            close(ours.logits(ours(row[real][None]))[0], expected, digits)
         assert ours.logits(ours(torch.tensor([[97, 98, 99]]))).shape == (1, 3, 97)
         words = ours.wte.weight
         close(words[97:].mean(0), words[:97].mean(0), 0.017)  # they begin as the average token
 
 
-def fake_encoding(monkeypatch, ranks):
-    """In the place of GPT-2's own, which is not on every machine."""
-    fake = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={})
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: fake)
+@pytest.fixture
+def fake_encoding(monkeypatch):
+    """Has tokens in the place of GPT-2's own, which are not on every machine."""
+    def use(ranks):
+        fake = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks,
+                                 special_tokens={})
+        monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": fake}.get)
+    use(BYTES.encoding._mergeable_ranks)
+    return use
 
 
-def no_network(*args, **kwargs):
-    raise OSError("no network, and not in a cache")
-
-
-def test_what_is_no_gpt_2_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+def test_what_is_no_gpt_2_is_refused_in_one_line(fake_encoding, tmp_path, monkeypatch, capsys):
     """--init: a tensor missing or odd, another width, a head of its own, other tokens; no file."""
-    fake_encoding(monkeypatch, BYTES.encoding._mergeable_ranks)
+    def no_network(*args, **kwargs):
+        raise OSError("no network, and not in a cache")
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
     good, path = hugging_face(257), tmp_path / "weights.bin"
 
     def refused(says, init=str(path)):
-        assert train.main(["--init", init, "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
-        told = capsys.readouterr().err
-        assert re.match(f"train.py: --init .*{says}", told) and told.count("\n") == 1, (says, told)
+        argv = ["--init", init, "--device", "cpu", "--out", str(tmp_path / "out")]
+        assert re.match(f"train.py: --init .*{says}", complaint(capsys, argv))
     for change, says in [
             ({"transformer.h.0.attn.c_proj.bias": None}, "KeyError.*c_proj.bias"),
             ({"transformer.h.0.mlp.c_fc.weight": torch.zeros(512, 128)}, "RuntimeError"),
@@ -2124,48 +2060,36 @@ def test_what_is_no_gpt_2_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     refused("pytorch_model.bin", "gpt2-medium")
 
 
-@pytest.mark.parametrize("its_own", [False, True])
-def test_gpt_2s_turn_tokens_and_pad_stand_behind_its_vocabulary(its_own, monkeypatch):
-    """Of a vocabulary of bytes, and of its own if it is here: nothing is fetched for a test."""
-    monkeypatch.setattr("tiktoken.load.read_file", no_network)
-    if not its_own:
-        fake_encoding(monkeypatch, BYTES.encoding._mergeable_ranks)
-    try:
-        ours = gpt2.tokenizer()
-    except OSError:
-        pytest.skip("GPT-2's vocabulary is not in TIKTOKEN_CACHE_DIR")
-    end = 50256 if its_own else 256
-    assert (ours.end, ours.pad, ours.vocab_size, ours.read_only) == (end, end + 1, end + 1, 3)
-    assert sorted((ours.user, ours.assistant)) == [end + 2, end + 3]
-    hello = [18435, 995] if its_own else [*b" Hello world"]
-    assert ours.prompt("Hello world") == [ours.user, *hello, ours.assistant]
+def test_gpt_2s_turn_tokens_and_pad_stand_behind_its_vocabulary(fake_encoding):
+    """Of a vocabulary of bytes."""
+    ours = gpt2.tokenizer()
+    assert (ours.end, ours.pad, ours.vocab_size, ours.read_only) == (256, 257, 257, 3)
+    assert sorted((ours.user, ours.assistant)) == [258, 259]
+    assert ours.prompt("Hello world") == [ours.user, *b" Hello world", ours.assistant]
     for text in ("", "a", "  two  spaces\n\n", "e\u0301\u65e5 <|endoftext|><|end|><|pad|>"):
         tokens = ours.answer(text)
-        assert ours.decode(tokens + [ours.pad]) == text and max(tokens[:-1]) < end
+        assert ours.decode(tokens + [ours.pad]) == text and max(tokens[:-1]) < 256
 
 
-def test_rl_begins_with_the_weights_of_a_file(tmp_path, monkeypatch):
+def test_rl_begins_with_the_weights_of_a_file(fake_encoding, tmp_path, monkeypatch):
     """--init FILE: no pretraining; SFT and RL move its weights by little."""
     monkeypatch.setattr(train.report, "compare", lambda *_: None)  # as in any other run
+    monkeypatch.chdir(tmp_path)
     ranks = tokenizers.load().encoding._mergeable_ranks
-    fake_encoding(monkeypatch, ranks)
+    fake_encoding(ranks)
     given = hugging_face(len(ranks) + 1, 64)
-    torch.save(given, tmp_path / "small.bin")
-    rows = [{"prompt": f"What is {i}+1?", "response": f"It is {i + 1}."} for i in range(40)]
-    (tmp_path / "demos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = "--algo ppo --steps 1 --reward verifier --max-new-tokens 4 --batch-size 8 --device cpu"
-    flags += f" --init {tmp_path}/small.bin --demos {tmp_path}/demos.jsonl --out {tmp_path}/out"
-    assert train.main(flags.split()) == 0
-    assert [p.name[:3] for p in (tmp_path / "out" / "stages").iterdir()] == ["sft"]
-    policy, = (tmp_path / "out").glob("*/policy.pt")
+    torch.save(given, "small.bin")
+    jsonl(Path("demos.jsonl"), *({"prompt": f"{i}+1?", "response": f"{i + 1}."} for i in range(40)))
+    argv = ("--init small.bin --demos demos.jsonl --algo ppo --steps 1 --reward verifier "
+            "--max-new-tokens 4 --batch-size 8 --device cpu").split()
+    assert train.main(argv) == 0
+    assert [path.name[:3] for path in Path("out/stages").iterdir()] == ["sft"]
     name = "h.0.mlp.c_fc.weight"  # GPT-2's files hold this one transposed
-    moved = torch.load(policy, weights_only=True)[name].T - given[f"transformer.{name}"]
-    assert 0 < moved.abs().max() < 5e-3
+    policy = torch.load(parsed(*argv).folder / "policy.pt", weights_only=True)
+    assert 0 < (policy[name].T - given[f"transformer.{name}"]).abs().max() < 5e-3
 
 
 # ===== Figures: what in them can be wrong =====
-def near(a, b, tolerance=1e-9):
-    assert np.allclose(a, b, rtol=0, atol=tolerance), (a, b)
 
 
 def test_the_tables_of_the_figures_are_their_csv_files():
@@ -2184,15 +2108,6 @@ def test_the_tables_of_the_figures_are_their_csv_files():
     assert all((TOP / "figures" / x).exists() for x in re.findall(r"\]\((\w+\.\w+)\)", text))
 
 
-def test_only_a_wrong_V_and_a_missing_gamma_to_the_t_bias_the_gradient_in_the_committed_table():
-    """variance.csv: the mean of every other weight is as far from grad J as chance allows."""
-    for row in runs.read("variance"):
-        unbiased = row["V"] != "off by 10" or row["weight"] in (
-            "baseline", "GAE 1.0", "16-step", "8-step")
-        unbiased = unbiased and "no gamma" not in row["weight"]
-        assert (float(row["bias"]) < 1.5 * float(row["noise"])) == unbiased, row
-
-
 def test_the_weights_that_are_compared_meet_where_they_must():
     """1 step is lambda 0; more steps than there are, lambda 1 and the baseline are the same."""
     dice = torch.Generator().manual_seed(0)
@@ -2201,66 +2116,58 @@ def test_the_weights_that_are_compared_meet_where_they_must():
     told["with gamma^t"] = told["GAE 1.0, no gamma^t"] * 0.9 ** torch.arange(7)
     for one, other in (("1-step", "GAE 0.0"), ("8-step", "baseline"), ("GAE 1.0", "baseline"),
                        ("with gamma^t", "baseline")):
-        near(told[one], told[other])
-    near(told["return"][:, 0], told["reward-to-go"][:, 0])
-    near(told["reward-to-go"][0, 6], 0.9 ** 6 * rewards[0, 6], 1e-6)
+        close(told[one], told[other])
+    close(told["return"][:, 0], told["reward-to-go"][:, 0])
+    close(told["reward-to-go"][0, 6], 0.9 ** 6 * rewards[0, 6], 1e-6)
 
 
 def test_the_variance_that_is_measured_is_that_of_all_actions():
     """variance_language.py, from samples, against a bandit of three actions, enumerated."""
-    policy, n, batches = torch.nn.Module(), 16, 400
+    policy, n, batches, noise = torch.nn.Module(), 16, 400, dice()
     policy.theta = torch.nn.Parameter(torch.tensor([0.3, -0.5, 0.1]))
-    reward, pi = torch.tensor([1.0, 4.0, 2.0]), policy.theta.detach().softmax(0)  # (3,) each
-    dice = torch.Generator().manual_seed(0)
+    reward, pi = torch.tensor([1.0, 4.0, 2.0]), softmax(policy.theta.detach())  # (3,) each
 
     def sample(policy, n, group, step):
-        actions = torch.multinomial(pi, n, True, generator=dice)[:, None]
+        actions = torch.multinomial(pi, n, True, generator=noise)[:, None]
         return {"actions": actions, "mask": torch.ones(n, 1), "rewards": reward[actions]}, {}
-
     world = SimpleNamespace(sample=sample, logits_and_values=lambda policy, batch: (
         policy.theta.expand(n, 1, 3), None))
-    names = {("", "return"): 0.0, ("", "baseline"): 2.0}
     found = variance_language.measure(world, policy, lambda batch: {
-        name: batch["rewards"] - b for name, b in names.items()}, batches, n)
+        ("", b): batch["rewards"] - b for b in (0, 2)}, batches, n)
     score = torch.eye(3) - pi                                           # (3, W): grad log pi(a)
     J = pi @ (score * reward[:, None])
-    for name, b in names.items():
-        mean, squares, apart = found[name]
+    for b in (0, 2):
+        mean, squares, apart = found["", b]
         exact = (pi @ (score * (reward - b)[:, None]).square().sum(1) - J.square().sum()).item()
-        near(variance_language.variance(mean, squares, n) / exact, 1, 0.15)
+        close(variance_language.variance(mean, squares, n) / exact, 1, 0.15)
         assert (mean - J).norm() < 2 * math.sqrt(exact / (batches * n))
-    between = (pi @ (2.0 * score).square().sum(1)).item()
-    near(variance_language.variance(mean - found["", "return"][0], apart, n) / between, 1, 0.15)
+    between = (pi @ (2 * score).square().sum(1)).item()
+    close(variance_language.variance(mean - found["", 0][0], apart, n) / between, 1, 0.15)
 
 
 def test_what_the_picture_of_credit_says_of_a_token_is_read_off_without_padding():
     """credit.py on two answers of different length, each token read alone here."""
-    torch.manual_seed(0)
-    words = tokenizers.Tokenizer({bytes([i]): i for i in range(256)})
-    models = [GPT(GPTConfig(words.vocab_size, 32, 2, 2, 16)) for _ in range(4)]
-    for p in (p for model in models for p in model.parameters()):
-        p.data += 0.2 * torch.randn_like(p)
-    policy, reference, critic, judge = models
-    chat = SimpleNamespace(tokenizer=words, temperature=0.7, reward_model=RewardModel(judge),
+    policy, reference, critic, judge = (tiny_gpt(BYTES.vocab_size, seed=i) for i in range(4))
+    chat = SimpleNamespace(tokenizer=BYTES, temperature=0.7, reward_model=RewardModel(judge),
                            device="cpu")
     chat.logits_and_values = partial(Chat.logits_and_values, chat)
     args, answers = SimpleNamespace(beta=0.3, gamma=1.0, lam=0.9), ["Shanghai", "No"]
     told = credit.credit(chat, policy, reference, critic, "Where?", answers, args)
     for answer, rows in zip(answers, told):
-        given, said = words.prompt("Where?"), words.answer(answer)
+        given, said = BYTES.prompt("Where?"), BYTES.answer(answer)
         text = torch.tensor([given + said])
-        score, value, after = chat.reward_model(text, torch.ones_like(text)).item(), 0, 0
+        score, value, after = chat.reward_model(text, text >= 0).item(), 0, 0
         assert "".join(row["token"] for row in rows) == f" {answer}<|end|>"
         for t, row in reversed(list(enumerate(rows))):
             here = text[:, :len(given) + t]
-            logp, logp_ref = (torch.log_softmax(x.logits(x(here))[0, -1] / 0.7, 0)[said[t]].item()
+            logp, logp_ref = (softmax(x.logits(x(here))[0, -1] / 0.7)[said[t]].log().item()
                               for x in (policy, reference))
             before = critic.value(critic(here))[0, -1].item()
             reward = score * (t == len(said) - 1) - 0.3 * (logp - logp_ref)
             delta = reward + value - before
             value, after = before, delta + 0.9 * after
-            near(list(row.values())[1:],
-                 [logp, logp - logp_ref, reward, value, delta, after], 1e-4)
+            close(list(row.values())[1:],
+                  [logp, logp - logp_ref, reward, value, delta, after], 1e-4)
 
 
 def test_overoptimisation_fits_recover_known_curves_up_to_d_3():
@@ -2273,7 +2180,7 @@ def test_overoptimisation_fits_recover_known_curves_up_to_d_3():
                          "gold": gain, "gain": gain})
     for name, *numbers in (row.values() for row in hacking.fits(rows)):
         peak = max(row["gold"] for row in rows if row["setting"] == name)
-        near(numbers, [1, 0.3, 1, peak, -9, 6], 1e-6)
+        close(numbers, [1, 0.3, 1, peak, -9, 6], 1e-6)
 
 
 def test_best_of_n_is_the_mean_over_all_draws():
@@ -2282,7 +2189,7 @@ def test_best_of_n_is_the_mean_over_all_draws():
     for n in range(1, 8):
         draws = [value[row, max(drawn, key=lambda i: by[row, i])]
                  for row in range(4) for drawn in itertools.combinations(range(7), n)]
-        near(hacking.best_of(n, by, value), statistics.mean(draws))
+        close(hacking.best_of(n, by, value), statistics.mean(draws))
 
 
 def test_means_over_seeds_with_one_that_diverged_and_one_that_never_arrived_by_hand():
@@ -2291,7 +2198,7 @@ def test_means_over_seeds_with_one_that_diverged_and_one_that_never_arrived_by_h
             for x in ("0.5", "0.7", "")]
     told = "\n".join(kl.markdown(rows))
     assert "| reward | 1 of 3 | 0.6 (0.5 – 0.7) | 60 (50 – 70) | 60 (50 – 70) | 0.60 (" in told
-    near(runs.smooth([6.0, 0, 0, 0, 0, 6]), [6, 3, 2, 1.5, 1.2, 1.2])
+    close(runs.smooth([6.0, 0, 0, 0, 0, 6]), [6, 3, 2, 1.5, 1.2, 1.2])
     cats = [{"algo": "ppo", "moves": moves} for moves in ("300", "", "100", "900")]
     assert gridworld.table(cats)[2:] == ["| ppo | 3 of 4 | 300 | 100 – 900 |"]
     for greedy, there in (([1.0] * 4, 0), ([0.5] + [0.99] * 5, 1), ([1.0] * 4 + [0.98], 0)):
@@ -2300,22 +2207,15 @@ def test_means_over_seeds_with_one_that_diverged_and_one_that_never_arrived_by_h
 
 def test_what_the_uses_of_rl_learn_from_differs_only_in_what_they_are_about():
     """uses.py: pairs with and without the idiom; each step of a working adds two digits."""
-    demos, pairs, both = uses.style_files(random.Random(0), World(0))
+    _, pairs, _ = uses.style_files(random.Random(0), World(0))
     assert all(x["chosen"] == x["rejected"].rstrip(".") + ", my friend." for x in pairs)
-    idiom = [tuple(x[side].endswith(", my friend.") for side in ("chosen", "rejected"))
-             for x in both]
-    assert [idiom.count(x) for x in ((1, 0), (1, 1), (0, 0))] == [4000, 6000, 6000]
-    near(statistics.mean(x["response"].endswith(" my friend.") for x in demos), 0.05, 0.01)
     demos, prompts = uses.sum_files(random.Random(0))
-    near(statistics.mean("=" in x["response"] for x in demos), 0.5, 0.05)
     for prompt, response in (x.values() for x in demos):
         total = sum(map(int, re.findall(r"\d+", prompt)))
         for a, b, c in re.findall(r"(\d+)\+(\d+)=(\d+)", response):
             assert len(a) == len(b) == 1 and int(a) + int(b) == int(c)
         said = [response, f"It is {total + 1}.", f"{total}=3+{total - 1}.", f"1{total}", "..."]
         assert uses.verifier([prompt] * 5, said) == [1, 0, 0, 0, 0]
-    # 9 * 9 sums of two; 36 pairs and 84 triples of digits make at most 9, each with 9 last digits
-    assert len({x["prompt"] for x in prompts}) == len(prompts) == 81 + 36 * 9 + 84 * 9
 
 
 def test_every_exercise_fits_the_code_as_it_is_and_was_seen_red():
@@ -2332,12 +2232,11 @@ def test_every_exercise_fits_the_code_as_it_is_and_was_seen_red():
 
 def test_an_exercise_turns_its_proof_red_and_a_wrong_number_gets_status_2(capsys):
     """break_it.py: the command finds what its table says; a number that is none gets a line."""
-    assert break_it.main(["0"]) == break_it.main(["x"]) == break_it.main(["1", "2"]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 3
-    mistake = break_it.EXERCISES[0]
-    assert break_it.break_it(mistake) == ["test_the_return_leaves_the_first_reward_undiscounted"]
-    with pytest.raises(ValueError):
-        break_it.break_it(mistake._replace(line="no such line"))
+    for argv in (["0"], ["x"], ["1", "2"]):
+        assert break_it.main(argv) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    red = break_it.break_it(break_it.EXERCISES[0])
+    assert red == ["test_the_return_leaves_the_first_reward_undiscounted"]
 
 
 # ===== The house =====
@@ -2345,66 +2244,68 @@ def sources(*folders):
     return [path for folder in folders for path in sorted((TOP / folder).glob("*.py"))]
 
 
-def imported(path):
-    """The modules of ours that a file imports, by their names from the top."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        if isinstance(node, ast.ImportFrom):
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    ours = {".".join(p.relative_to(TOP).with_suffix("").parts): p
-            for p in sources("", "chat", "lab", "figures")}
-    return names & set(ours)
+def trees():
+    """{file: its syntax tree}, of all of ours."""
+    return {path: ast.parse(path.read_text(encoding="utf-8"))
+            for path in sources("", "chat", "lab", "figures")}
+
+
+def module(path):
+    """The name from the top, as in an import."""
+    return ".".join(path.relative_to(TOP).with_suffix("").parts)
 
 
 def test_imports_run_one_way_and_every_load_is_weights_only():
     """gpt, gae and gridworld know nobody, ppo and reward at most one sibling; nobody a figure."""
-    graph = {".".join(p.relative_to(TOP).with_suffix("").parts): imported(p)
-             for p in sources("", "chat", "lab", "figures")}
+    graph = {module(path): set() for path in trees()}
+    for path, tree in trees().items():
+        names = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            if isinstance(node, ast.ImportFrom):
+                names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            call = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if call.startswith("torch.") and "load" in call:
+                assert "weights_only=True" in ast.unparse(node), (path, node.lineno)
+        graph[module(path)] = names & set(graph)
     assert not graph["gpt"] | graph["gae"] | graph["gridworld"]
     assert len(graph["ppo"]) <= 1 and graph["reward"] <= {"gpt"}
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
     for name, others in graph.items():
         folders = {x.split(".")[0] for x in others}
         assert "figures" not in folders or name.startswith(("figures.", "test_all")), name
-        assert not name.startswith("chat.") or not folders & {"train"}, name
-        assert not name.startswith("lab.") or not folders & {"train", "chat"}, name
-    for path in sources("", "chat", "lab", "figures"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("torch.") and \
-                    "load" in ast.unparse(node.func):
-                assert "weights_only=True" in ast.unparse(node), (path, node.lineno)
+        assert not name.startswith(("chat.", "lab.")) or "train" not in folders, name
+        assert not name.startswith("lab.") or "chat" not in folders, name
 
 
 def test_a_projector_shows_every_line_and_every_function():
     """100 columns, 40 lines."""
-    for path in sources("", "chat", "lab", "figures"):
-        text = path.read_text(encoding="utf-8")
-        assert max(map(len, text.split("\n"))) <= 100, path
-        for node in ast.walk(ast.parse(text)):
+    for path, tree in trees().items():
+        assert max(map(len, path.read_text(encoding="utf-8").split("\n"))) <= 100, path
+        for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and path.parent == TOP and "test" not in path.name:
                 assert node.end_lineno - node.lineno < 40, (path, node.name)
 
 
 README = "".join((TOP / name).read_text(encoding="utf-8") for name in (
-    "README.md", "figures/README.md", "figures/slips.md") if (TOP / name).exists())
+    "README.md", "figures/README.md", "figures/slips.md"))
 
 
 def test_every_slide_and_function_of_the_readmes_table_is_where_it_says():
     """Each function exists, each slide's title stands in a file that its row names."""
-    modules = {p.stem: p for p in sources("lab", "chat", "")}
+    files_of_ours = {path.stem: path for path in sources("lab", "chat", "")}
     first = README.split("## Every step")[0]
     rows = re.findall(r"^\| ([^|]+) \| (.*`\w+\.\w.*) \| .* \|$", first, re.M)
     for titles, cell in rows:
-        named = [x for x in re.findall(r"`(\w+)\.([\w.]+)", cell) if x[0] in modules]
-        for module, function in named:
-            place = importlib.import_module(
-                ".".join(modules[module].relative_to(TOP).with_suffix("").parts))
-            for name in function.split("."):
-                place = getattr(place, name)
-        for title in titles.split("; "):
-            assert any(title in modules[module].read_text() for module, _ in named), (title, named)
+        told = ""
+        for file, function in re.findall(r"`(\w+)\.([\w.]+)", cell):
+            if file in files_of_ours:
+                place = importlib.import_module(module(files_of_ours[file]))
+                for name in function.split("."):
+                    place = getattr(place, name)
+                told += files_of_ours[file].read_text(encoding="utf-8")
+        assert all(title in told for title in titles.split("; ")), titles
     assert len(rows) > 18
 
 
@@ -2418,23 +2319,18 @@ def test_every_proof_that_the_readmes_name_exists():
         assert any(word.lower() in name.lower() for name in tests), word
 
 
-def test_every_command_of_the_readmes_is_understood(tmp_path, monkeypatch):
+def test_every_command_of_the_readmes_is_understood():
     """Flags parse, scripts and modules are there, and the tests are run as CI does."""
     commands = re.findall(r"(?:^|[`/ ])python (.*?)(?:`|  | #|;|$)", README, re.M)
     short = re.findall(r"`(--(?:algo|env|reward|labeller) [^`X]+)`", README)
-    commands += [f"train.py {x}" for x in short]
-    for command in commands:
+    for command in commands + [f"train.py {x}" for x in short]:
         script, *argv = shlex.split(command)
-        if script == "train.py":
-            argv = [] if argv == ["--help"] else argv
+        if script == "train.py" and argv != ["--help"]:
             flags.parse(argv, train.FLAGS, LADDER, BEYOND)
-        elif script == "-m":
-            path = TOP / argv[0].replace(".", "/")
-            assert argv[0] in ("pip", "pytest", "venv") or path.with_suffix(".py").exists(), command
-        else:
-            assert (TOP / script).exists(), command
-    assert len(commands) > 15
-    assert "python -m pytest -q test_all.py" in README
+        if script == "-m" and argv[0] not in ("pip", "pytest", "venv"):
+            script = argv[0].replace(".", "/") + ".py"
+        assert script == "-m" or (TOP / script).exists(), command
+    assert len(commands) > 15 and "-m pytest -q test_all.py" in commands
     assert (TOP / ".ci/run").read_text().endswith("python -m pytest -q test_all.py\n")
 
 
