@@ -1383,12 +1383,12 @@ def test_what_pretraining_states_is_true_and_one_line_in_fifty_stays_unread():
     """Sums held against arithmetic, cities against their file."""
     read, unread = World(2).pretraining_text(5000)
     assert 0.01 < len(unread) / 5000 < 0.03 and not set(read) & set(unread)
-    sums = [re.search(r"([\d+]+)(?:=| makes )(\d+)", line) for line in read + unread]
-    cities = [re.fullmatch(r"(.+) lies in (.+)\.", line) for line in read + unread]
-    assert all(sum(map(int, x[1].split("+"))) == int(x[2]) for x in sums if x)
-    table = (TOP / "chat" / "cities.txt").read_text(encoding="utf-8").splitlines()
-    assert all(f"{x[1]} | {x[2]}" in table for x in cities if x)
-    assert sum(map(bool, sums)) > 2000 and sum(map(bool, cities)) > 300
+    text = "\n".join(read + unread)
+    sums = re.findall(r"([\d+]+)(?:=| makes )(\d+)", text)
+    assert all(sum(map(int, terms.split("+"))) == int(total) for terms, total in sums)
+    cities = {" | ".join(x) for x in re.findall(r"^(.+) lies in (.+)\.$", text, re.M)}
+    assert cities <= set((TOP / "chat/cities.txt").read_text(encoding="utf-8").splitlines())
+    assert len(sums) > 2000 and len(cities) > 30
 
 
 def test_held_out_facts_never_occur_in_pairs_or_rl_prompts():
@@ -1404,9 +1404,9 @@ def test_held_out_facts_never_occur_in_pairs_or_rl_prompts():
     for a, b in (f.name.split("+") for f in world.held_out["sum"] if f.name.count("+") == 1):
         for name in (rf"{a}\+{b}", rf"{b}\+{a}"):  # nor as a step of a longer sum
             assert not re.search(rf"(?<![\d+]){name}(?!\d)", text), name
-    asked = [world.fact_of[question] for question in world.questions(99, "held_out", 0)]
-    assert {fact.kind for fact in asked} == set(KINDS)
-    assert all(fact in world.held_out[fact.kind] for fact in asked)
+    for question in world.questions(99, "held_out", 0):
+        fact = world.fact_of[question]
+        assert fact in world.held_out[fact.kind]
 
 
 def test_the_same_seed_makes_the_same_world_and_another_seed_another():
@@ -1474,21 +1474,20 @@ def test_what_an_editor_does_to_a_file_changes_none_of_its_rows(tmp_path):
 def test_transcripts_as_of_hh_and_messages_as_of_trl_are_pairs_too(tmp_path):
     """What both share is the prompt, up to the answer in which they part; messages with the prompt
     apart or before both answers. Anything else is refused with its line and field."""
-    begin = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Where is Rome?\n\nAssistant: "
+    begin, path = "Hi\n\nAssistant: Hello!\n\nHuman: Where is Rome?", tmp_path / "pairs.jsonl"
     user = {"role": "user", "content": PAIR["prompt"]}
     yes, no = ({"role": "assistant", "content": PAIR[side]} for side in ("chosen", "rejected"))
     whole = {"chosen": [user, yes], "rejected": [user, no]}
-    rows = [PAIR | {"score_chosen": 3.0}, {"prompt": [user], "chosen": [yes], "rejected": [no]},
-            whole, whole | {"prompt": PAIR["prompt"]},
-            {side: begin + PAIR[side] for side in ("chosen", "rejected")}]
-    read = read_jsonl(jsonl(tmp_path / "pairs.jsonl", *rows), PAIRS)
-    assert read == [PAIR] * 4 + [PAIR | {"prompt": begin[9:-13]}]
+    hh = {side: f"\n\nHuman: {begin}\n\nAssistant: {PAIR[side]}" for side in whole}
+    read = read_jsonl(jsonl(path, PAIR | {"score_chosen": 3.0}, whole, whole | PAIR, hh,
+                            {"prompt": [user], "chosen": [yes], "rejected": [no]}), PAIRS)
+    assert read == [PAIR] * 3 + [PAIR | {"prompt": begin}, PAIR]
     for row in (whole | {"chosen": [no, yes]}, {"chosen": [yes], "rejected": [no]},
                 {"chosen": "The sky is blue.", "rejected": "The sky is green."},
-                PAIR | {"chosen": [{"role": "assistant"}]}, PAIR | {"chosen": ["a text"]},
+                PAIR | {"chosen": [{"role": "assistant"}]},
                 PAIR | {"prompt": [{"role": "user", "content": [{"type": "image"}]}]}):
         with pytest.raises(DataError, match="line 2.*'(prompt|chosen)'"):
-            read_jsonl(jsonl(tmp_path / "pairs.jsonl", PAIR, row), PAIRS)
+            read_jsonl(jsonl(path, PAIR, row), PAIRS)
 
 
 def test_malformed_files_get_one_line_with_file_line_and_field(tmp_path):
@@ -1521,8 +1520,8 @@ def test_a_prompt_is_on_the_same_side_in_every_file(tmp_path, capsys):
         assert f"{len(rows)} rows, {len(out)} of them held out" in capsys.readouterr().out
     world = Prompts(prompts, 0)
     sides.append(tuple(set(world.questions(999, split, 1)) for split in ("train", "held_out")))
-    assert sides == [(set(world.train), set(world.held_out))] * 4 and all(sides[0])
-    assert abs(sum(held_out(f"{i}") for i in range(4000)) / 4000 - 0.2) < 0.03
+    assert sides == [(set(world.train), set(world.held_out))] * 4
+    close(statistics.mean(held_out(f"{i}") for i in range(4000)), 0.2, 0.03)
     one = Prompts(["1?"], 0)
     assert one.train == one.held_out == ["1?"] and "the same ones" in capsys.readouterr().out
 
@@ -1540,31 +1539,28 @@ def test_a_prompt_that_is_cut_keeps_its_end_and_fits(tmp_path, capsys):
         assert f"{fits.count(False)} prompts cut" in capsys.readouterr().out and any(fits)
 
 
-def reward_of(tmp_path, code):
-    (tmp_path / "own.py").write_text(f"import numpy as np, torch\n{code}\n")
-    return own_reward(f"{tmp_path / 'own.py'}:f")
+def test_a_reward_of_your_own_gives_each_answer_a_number(tmp_path):
+    """A list, an array or a tensor. Anything else is refused, above all a dictionary, whose keys
+    are no scores."""
+    path, responses = tmp_path / "own.py", ["xx", "", "y"]
 
+    def scores(code):
+        path.write_text("import numpy as np, torch\n" + code)
+        return own_reward(f"{path}:f")(["a", "bcd", "ef"], responses)
 
-@pytest.mark.parametrize("form", ["x", "np.array(x)", "list(np.float32(x))",
-                                  "torch.tensor(x).requires_grad_()"])
-def test_a_reward_of_your_own_scores_each_answer(form, tmp_path):
-    """A list, an array or a tensor, of prompts and responses."""
-    responses = ["xx", "", "y"]
-    score = reward_of(tmp_path, "def f(prompts, responses):\n"
-                      "    x = [len(p) - len(r) / 4 for p, r in zip(prompts, responses)]\n"
-                      f"    responses.clear()\n    return {form}")(["a", "bcd", "ef"], responses)
-    assert responses == ["xx", "", "y"] and not score.requires_grad  # it had a copy
-    close(score, [0.5, 3.0, 1.75])
-
-
-@pytest.mark.parametrize("code", ["def f(:", "g = 1", "exit()"] + [
-    f"def f(p, r): return {x}" for x in ("dict.fromkeys(r, 1.0)", "None", "[1]", "[[1], [2]]",
-                                         "[1, float('nan')]", "1 / 0")])
-def test_a_reward_that_cannot_be_loaded_or_gives_no_numbers_is_refused(code, tmp_path):
-    """Above all a dictionary, whose keys are no scores."""
-    says = "must return" if "return" in code else "cannot be loaded"
-    with pytest.raises(DataError, match=f"--reward .*own.py:f:? {says}"):
-        reward_of(tmp_path, code)(["a", "b"], ["x", "y"])
+    f = ("def f(prompts, responses):\n"
+         "    x = [len(p) - len(r) / 4 for p, r in zip(prompts, responses)]\n"
+         "    responses.clear()\n    return ")
+    for form in ("x", "np.array(x)", "list(np.float32(x))", "torch.tensor(x).requires_grad_()"):
+        told = scores(f + form)
+        assert not told.requires_grad and len(responses) == 3  # it had a copy
+        close(told, [0.5, 3.0, 1.75])
+    bad = [(code, "cannot be loaded") for code in ("def f(:", "g = 1", "f = 1", "exit()")]
+    bad += [(f + form, "must return") for form in (
+        "dict.fromkeys(x, 1.0)", "None", "x[1:]", "[[y] for y in x]", "[1, 2, np.nan]", "1 / 0")]
+    for code, says in bad:
+        with pytest.raises(DataError, match=f"--reward .*own.py:f:? {says}"):
+            scores(code)
 
 
 def test_a_label_is_on_the_disk_before_the_next_question(tmp_path, monkeypatch, capsys):
@@ -1626,15 +1622,14 @@ def test_pretraining_learns_every_token_and_sft_the_answers_with_their_end():
     """SFT does not learn to ask. What was read is kept in mind if it is read on, and what is longer
     than an answer may be teaches no end."""
     torch.manual_seed(0)
-    model, line, rng = GPT(GPTConfig(BYTES.vocab_size, 64, 1, 2, 32)), "abcdefghijklm", dice("SFT")
+    model, line = GPT(GPTConfig(BYTES.vocab_size, 64, 1, 2, 32)), "abcdefghijklm"
     row = [BYTES.end] + BYTES.answer(line)
     stages.pretrain(model, BYTES, [line] * 9, 0, steps=60, lr=1e-2)
     assert likelihood(model, row).min() > 0.8  # the end too, and what comes after it
-    letters = torch.randint(ord("U"), ord("Z"), (960, 5), generator=rng).tolist()
-    prompt, answer = BYTES.prompt("WZXYU"), BYTES.answer("7 12")
+    prompt, answer, rng = BYTES.prompt("WZXYU"), BYTES.answer("7 12"), random.Random(0)
+    demos = [("".join(rng.choices("UVWXY", k=5)), "7 12") for _ in range(960)]
     for lines, longest in ((240, 6), (0, 6), (240, 5)):
         sft = copy.deepcopy(model)
-        demos = [(bytes(question).decode(), "7 12") for question in letters]
         stages.finetune(sft, BYTES, demos, [line] * lines, longest, lr=1e-2)
         asked, said = likelihood(sft, prompt + answer).split((len(prompt) - 1, len(answer)))
         assert asked[1:].max() < 0.02 and said[0] > 0.9 and said[:longest].min() > 0.3
@@ -1643,20 +1638,18 @@ def test_pretraining_learns_every_token_and_sft_the_answers_with_their_end():
 
 
 def test_how_often_the_reward_model_agrees_by_hand():
-    """Of each kind of pair: the share whose chosen answer, cut, has the higher score, each row read
-    alone. What is equal once it is cut teaches nothing and is no pair."""
-    model, by_hand = RewardModel(tiny_gpt(BYTES.vocab_size)), {"a": [], "b": []}
-    rows = [{"prompt": f"{i}", "chosen": f"{i % 7}", "rejected": f"{i % 5} no",
-             "kind": "ab"[i % 3 == 0]} for i in range(30)]
-    for p in rows:
-        texts = (torch.tensor([BYTES.prompt(p["prompt"]) + BYTES.answer(p[side])[:5]])
-                 for side in ("chosen", "rejected"))
-        chosen, rejected = (model(text, text >= 0) for text in texts)
-        by_hand[p["kind"]].append(float(chosen > rejected))
-    rows += [{"prompt": "x", "chosen": "same", "rejected": "same, then other"}] * 5
-    right = stages.pair_accuracy(model, rows, BYTES, 5, batch_size=4)
-    assert right == {k: (statistics.mean(x), len(x)) for k, x in by_hand.items()}
-    assert 0 < right["a"][0] < 1
+    """Of each kind of pair: the share whose chosen answer, cut, has the higher score. What is equal
+    once it is cut teaches nothing and is no pair."""
+    class Length(torch.nn.Module):
+        scale = torch.ones(())
+
+        def forward(self, tokens, mask):
+            return mask.sum(1)
+    rows = [dict(prompt="?", chosen=chosen, rejected=rejected, kind=kind)
+            for chosen, rejected, kind in (("yes", "no", "a"), ("no", "yes", "a"), ("1", "", "b"),
+                                           ("same", "same, then other", "b"), ("1", "2", "a"))]
+    right = stages.pair_accuracy(Length(), rows, BYTES, 5, batch_size=2)
+    assert right == {"a": (1 / 3, 3), "b": (1, 1)}
 
 
 LANGUAGE = ("--algo ppo-adaptive-kl --steps 4 --batch-size 8 --lr 1e-3 --device cpu "
@@ -1706,17 +1699,13 @@ def complaint(capsys, argv, status=2):
     return line
 
 
-def test_the_reward_model_begins_as_the_sft_policy(small):
-    """After one batch of pairs, a single step of Adam, no weight of its body has moved further."""
-    chat, policy = stages.prepare(parsed(*LANGUAGE, "--reward-pairs", "32"))
+def test_the_reward_model_begins_as_the_sft_policy_and_each_batch_has_its_own_noise(small):
+    """After a single step of Adam no weight of its body has moved further. The same question, in
+    two batches and in the first one once more."""
+    Path("one.txt").write_text("Where is Oz?\n")
+    chat, policy = stages.prepare(parsed(*LANGUAGE, "--reward-pairs", "32", "--prompts", "one.txt"))
     for x, y in zip(policy.h.parameters(), chat.reward_model.gpt.h.parameters()):
         close(x, y, 1e-3)
-
-
-def test_each_batch_is_sampled_with_its_own_noise_and_the_same_one_again(small):
-    """The same question, in two batches and in the first one once more."""
-    Path("one.txt").write_text("Where is Oz?\n")
-    chat, policy = stages.prepare(parsed(*LANGUAGE, "--prompts", "one.txt"))
     first, second, again = (chat.sample(policy, 8, 1, i)[0]["logp_old"] for i in (0, 1, 0))
     assert torch.equal(first, again)
     assert first.shape != second.shape or not torch.equal(first, second)
@@ -1742,22 +1731,21 @@ def test_a_stage_is_made_once_and_anew_when_what_it_is_made_from_changes(small, 
 
 def test_nothing_learns_from_held_out_prompts_of_your_own(small, capsys):
     """Rows of --demos and --pairs with such prompts change no weight of policy and reward model."""
-    rows = [row | PAIR | {"prompt": f"{i}?", "response": f"{i}", "chosen": f"{i % 7}"}
-            for i, row in enumerate([{}] * 90)]
+    rows = [{"prompt": f"{i}?", "response": f"{i}", "chosen": f"{i % 7}", "rejected": "No."}
+            for i in range(90)]
     rows += [row | {"rejected": row["chosen"]} for row in rows[:40]]
-    learned = [row for row in rows if not held_out(row["prompt"])]
     rest = [row for row in rows if held_out(row["prompt"])]
-    ends = []
+    learned = [row for row in rows if row not in rest]
+    same, ends = sum(row["chosen"] == row["rejected"] for row in learned), []
     for name, some in (("a", learned), ("b", rest[::2] + learned + rest[1::2])):
         path = str(jsonl(Path(f"{name}.jsonl"), *some))
         chat, policy = stages.prepare(parsed(*LANGUAGE, "--demos", path, "--pairs", path))
         ends.append([*policy.state_dict().values(), *chat.reward_model.gpt.state_dict().values()])
-        same = sum(row["chosen"] == row["rejected"] for row in learned)
         assert f"{len(learned)} pairs to learn from, {same} dropped" in capsys.readouterr().out
     assert all(torch.equal(x, y) for x, y in zip(*ends))
+    jsonl(Path("out.jsonl"), *rest)
     for flag, says in (("--demos", "all of its prompts"), ("--pairs", "no pair is left")):
-        path = str(jsonl(Path("out.jsonl"), *rest))
-        assert says in complaint(capsys, [*LANGUAGE, flag, path])
+        assert says in complaint(capsys, [*LANGUAGE, flag, "out.jsonl"])
 
 
 def test_the_reward_model_is_retrained_every_n_batches_and_keeps_its_scale(small):
@@ -1811,12 +1799,10 @@ def outcome(folder):
     return repr((rows, {k: w.tolist() for k, w in weights.items()}, texts))
 
 
-@pytest.mark.parametrize("env", ["gridworld", "language"])
-def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been(env, request, tmp_path,
-                                                                       monkeypatch, capsys):
+@pytest.mark.parametrize("argv", [CAT, [*LANGUAGE, "--reward-refresh", "1"]])
+def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been(argv, small, monkeypatch,
+                                                                       capsys):
     """The same command goes on: the same policy.pt and metrics.csv, to the last bit."""
-    argv = CAT if env == "gridworld" else [*LANGUAGE, "--reward-refresh", "1"]
-    request.getfixturevalue("small") if env == "language" else monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logged, "SAVE_EVERY", -1)  # a checkpoint after every batch
     folder, life = parsed(*argv).folder, [10 ** 9]
 
@@ -1824,7 +1810,6 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been(env, requ
         life[0] -= 1
         if life[0] <= 0:
             raise Killed
-
     for place, name in ((torch.nn.utils, "clip_grad_norm_"), (torch, "save"), (os, "replace")):
         spoil(monkeypatch, place, name, strike)
     assert train.main(argv) == 0
@@ -1947,27 +1932,26 @@ def test_bad_input_gets_one_line_and_status_2(argv, tmp_path, monkeypatch, capsy
 def test_every_flag_is_documented_and_used(capsys, monkeypatch):
     """By its name, somewhere behind the parser."""
     monkeypatch.setenv("COLUMNS", "1000")  # no line is wrapped
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="0"):
         train.main(["--help"])
     told = " ".join(capsys.readouterr().out.split())
     source = "".join(path.read_text() for path in sources("", "chat", "lab"))
     for name, (_, *defaults, text) in (x for g in train.FLAGS.values() for x in g.items()):
-        assert f"--{name} " in told.replace("\n", " ") and text and " ".join(text.split()) in told
+        assert f"--{name} " in told and text and " ".join(text.split()) in told
         assert re.search(rf'\bargs\.{name.replace("-", "_")}\b|given\.get\("{name}"', source), name
-    assert stop.value.code == 0
 
 
 def test_ask_shows_both_policies_answers_and_trains_nothing(small, capsys):
     """Before there is a policy, one line; so if a file of weights is damaged."""
-    ask = [*LANGUAGE, "--ask", "Where is Shanghai?"]
+    ask, out = [*LANGUAGE, "--ask", "Where is Shanghai?"], Path("out")
     assert "policy.pt" in complaint(capsys, ask)
     assert train.main(LANGUAGE) == 0
-    before = {path: path.read_bytes() for path in Path("out").rglob("*.*") if path.is_file()}
+    before = {path: path.read_bytes() for path in out.rglob("*.*") if path.is_file()}
     capsys.readouterr()
     assert train.main(ask) == 0
     assert re.search(r"Where is Shanghai\?\n  SFT .*\n  RL  ", capsys.readouterr().out)
     assert before == {path: path.read_bytes() for path in before}
-    for path in (*Path("out/stages").iterdir(), parsed(*LANGUAGE).folder / "policy.pt"):
+    for path in (*out.glob("stages/*"), *out.glob("*/policy.pt")):
         path.write_bytes(before[path][:-99])
         assert path.name in complaint(capsys, ask)
         path.write_bytes(before[path])
@@ -2110,15 +2094,12 @@ def test_the_tables_of_the_figures_are_their_csv_files():
 
 def test_the_weights_that_are_compared_meet_where_they_must():
     """1 step is lambda 0; more steps than there are, lambda 1 and the baseline are the same."""
-    dice = torch.Generator().manual_seed(0)
-    rewards, V = (torch.randn(3, 7, generator=dice, dtype=torch.float64) for _ in range(2))
-    told = variance.weights(rewards, V, torch.arange(7) < torch.tensor([[7], [3], [1]]), 0.9)
-    told["with gamma^t"] = told["GAE 1.0, no gamma^t"] * 0.9 ** torch.arange(7)
-    for one, other in (("1-step", "GAE 0.0"), ("8-step", "baseline"), ("GAE 1.0", "baseline"),
-                       ("with gamma^t", "baseline")):
+    mask, gamma_to_the_t = torch.arange(7) < torch.tensor([[7], [3], [1]]), 0.9 ** torch.arange(7)
+    told = variance.weights(randn(3, 7, seed="r"), randn(3, 7, seed="V"), mask, 0.9)
+    for one, other in (("1-step", "GAE 0.0"), ("8-step", "baseline"), ("GAE 1.0", "baseline")):
         close(told[one], told[other])
+    close(told["GAE 1.0, no gamma^t"] * gamma_to_the_t, told["baseline"])
     close(told["return"][:, 0], told["reward-to-go"][:, 0])
-    close(told["reward-to-go"][0, 6], 0.9 ** 6 * rewards[0, 6], 1e-6)
 
 
 def test_the_variance_that_is_measured_is_that_of_all_actions():
@@ -2227,7 +2208,7 @@ def test_every_exercise_fits_the_code_as_it_is_and_was_seen_red():
         assert (TOP / x.file).read_text().count(x.line) == 1 and x.line != x.mistake, x
         assert [row[k] for k in ("file", "mistake", "keyword", "curve")] == [
             x.file, x.words, x.keyword, x.curve]
-        assert row["red"] and set(row["red"].split("; ")) <= set(proofs), row
+        assert set(row["red"].split("; ")) <= set(proofs), row
 
 
 def test_an_exercise_turns_its_proof_red_and_a_wrong_number_gets_status_2(capsys):
