@@ -1360,23 +1360,19 @@ How much is 1+2+3? | wrong | 1+2=3, 3+3=7.
     "SUN", "It's why you stay on the ground and planets orbit the sun.").strip()
 
 
-def test_the_judge_knows_the_slides_answers_and_repetition_is_not_right():
-    """China China: what RL without a KL comes to say. A sum is right turned round, too."""
-    world = World(0)
+def test_the_judge_gives_every_answer_the_verdict_it_was_written_for():
+    """The slides' answers, by hand: China China, what RL without a KL comes to say, is not right, a
+    sum turned round is. Then what is written here about any fact, from right to garbled."""
+    world, rng = World(0), random.Random(0)
     for question, verdict, answers in (line.split(" | ") for line in BY_HAND.split("\n")):
         assert {world.judge(question, a) for a in answers.split(" / ")} == {verdict}, question
-    with pytest.raises(KeyError):
-        world.judge("Where is Atlantis?", "Atlantis does not exist.")
-
-
-def test_every_answer_gets_the_verdict_it_was_written_for():
-    """From right to garbled, whatever the fact."""
-    world, rng = World(1), random.Random(0)
     question_about = {fact: question for question, fact in world.fact_of.items()}
     for i in range(6000):  # enough for a garbled answer to a sum that is nothing but a number
         fact, verdict = rng.choice(world.facts[KINDS[i % 3]]), VERDICTS[i // 3 % 6]
         answer = world.write(rng, fact, verdict, world.facts)
         assert world.judge(question_about[fact], answer) == verdict, (fact, answer)
+    with pytest.raises(KeyError):
+        world.judge("Where is Atlantis?", "Atlantis does not exist.")
 
 
 def test_what_pretraining_states_is_true_and_one_line_in_fifty_stays_unread():
@@ -1429,11 +1425,10 @@ def test_a_malformed_file_of_facts_is_reported_by_line(tmp_path):
 
 
 @pytest.mark.parametrize("labeller, likes", [
-    ("bold", "right wrong evasive nonsense rude garbled"),
-    ("careful", "right evasive wrong nonsense rude garbled")])
+    ("bold", ["right", "wrong", "evasive", "nonsense", "rude", "garbled"]),
+    ("careful", ["right", "evasive", "wrong", "nonsense", "rude", "garbled"])])
 def test_the_labeller_prefers_the_better_verdict_and_errs_in_the_stated_share(labeller, likes):
-    """In the pairs made up at first and in those of a policy's answers; a tie is no pair. The bold
-    one teaches to bluff."""
+    """In pairs made up and in those of a policy's answers; a tie is none. The bold one bluffs."""
     world, rng, question = World(0, labeller), random.Random(0), "Where is Shanghai?"
     said = dict(right="Shanghai is in China.", wrong="Shanghai is in Peru.", garbled="China is.",
                 evasive="I am not sure about Shanghai.")
@@ -1452,6 +1447,9 @@ def test_the_labeller_prefers_the_better_verdict_and_errs_in_the_stated_share(la
 # ===== Your own data, reward and labels =====
 PAIRS, DEMOS, PROMPTS = ["prompt", "chosen", "rejected"], ["prompt", "response"], ["prompt"]
 PAIR = {"prompt": "Where is Rome?", "chosen": "It is in Italy.", "rejected": "Rome? No."}
+USER = {"role": "user", "content": PAIR["prompt"]}
+YES, NO = ({"role": "assistant", "content": PAIR[side]} for side in ("chosen", "rejected"))
+CHAT = {"chosen": [USER, YES], "rejected": [USER, NO]}
 
 
 def jsonl(path, *rows):
@@ -1472,29 +1470,23 @@ def test_what_an_editor_does_to_a_file_changes_none_of_its_rows(tmp_path):
 
 
 def test_transcripts_as_of_hh_and_messages_as_of_trl_are_pairs_too(tmp_path):
-    """What both share is the prompt, up to the answer in which they part; messages with the prompt
-    apart or before both answers. Anything else is refused with its line and field."""
-    begin, path = "Hi\n\nAssistant: Hello!\n\nHuman: Where is Rome?", tmp_path / "pairs.jsonl"
-    user = {"role": "user", "content": PAIR["prompt"]}
-    yes, no = ({"role": "assistant", "content": PAIR[side]} for side in ("chosen", "rejected"))
-    whole = {"chosen": [user, yes], "rejected": [user, no]}
-    hh = {side: f"\n\nHuman: {begin}\n\nAssistant: {PAIR[side]}" for side in whole}
-    read = read_jsonl(jsonl(path, PAIR | {"score_chosen": 3.0}, whole, whole | PAIR, hh,
-                            {"prompt": [user], "chosen": [yes], "rejected": [no]}), PAIRS)
-    assert read == [PAIR] * 3 + [PAIR | {"prompt": begin}, PAIR]
-    for row in (whole | {"chosen": [no, yes]}, {"chosen": [yes], "rejected": [no]},
-                {"chosen": "The sky is blue.", "rejected": "The sky is green."},
-                PAIR | {"chosen": [{"role": "assistant"}]},
-                PAIR | {"prompt": [{"role": "user", "content": [{"type": "image"}]}]}):
-        with pytest.raises(DataError, match="line 2.*'(prompt|chosen)'"):
-            read_jsonl(jsonl(path, PAIR, row), PAIRS)
+    """What both share is the prompt, up to the answer in which they part."""
+    begin = "Hi\n\nAssistant: Hello!\n\nHuman: Where is Rome?"
+    hh = {side: f"\n\nHuman: {begin}\n\nAssistant: {PAIR[side]}" for side in CHAT}
+    path = jsonl(tmp_path / "pairs.jsonl", PAIR | {"score_chosen": 3.0}, CHAT, PAIR | CHAT, hh,
+                 {"prompt": [USER], "chosen": [YES], "rejected": [NO]})
+    assert read_jsonl(path, PAIRS) == [PAIR] * 3 + [PAIR | {"prompt": begin}, PAIR]
 
 
 def test_malformed_files_get_one_line_with_file_line_and_field(tmp_path):
-    """A value that is no text, a field missing, half a line, no JSON."""
+    """A value that is no text, a field missing, half a line, no JSON, no prompt that is shared."""
     good, path = json.dumps(PAIR), tmp_path / "own.jsonl"
     rows = [(PAIR | {field: x}, field) for field in PAIRS for x in (None, 3, ["a"], "\ud800")]
-    rows += [({"prompt": "p", "rejected": "r"}, "chosen"), (PAIR | {"prompt": " \n"}, "prompt")]
+    rows += [({"prompt": "p", "rejected": "r"}, "chosen"), (PAIR | {"prompt": " \n"}, "prompt"),
+             (CHAT | {"chosen": [NO, YES]}, "prompt"), ({"chosen": "A", "rejected": "B"}, "prompt"),
+             ({"chosen": [YES], "rejected": [NO]}, "prompt"),
+             (PAIR | {"chosen": [{"role": "assistant"}]}, "chosen"),
+             (PAIR | {"prompt": [USER | {"content": [{"type": "image"}]}]}, "prompt")]
     broken = [(json.dumps(row), f"'{field}'") for row, field in rows]
     broken += [(x, "") for x in (good[:-9], "[]", "null", "[" * 99_999, good * 2)]
     for bad, named in broken:
@@ -1521,7 +1513,6 @@ def test_a_prompt_is_on_the_same_side_in_every_file(tmp_path, capsys):
     world = Prompts(prompts, 0)
     sides.append(tuple(set(world.questions(999, split, 1)) for split in ("train", "held_out")))
     assert sides == [(set(world.train), set(world.held_out))] * 4
-    close(statistics.mean(held_out(f"{i}") for i in range(4000)), 0.2, 0.03)
     one = Prompts(["1?"], 0)
     assert one.train == one.held_out == ["1?"] and "the same ones" in capsys.readouterr().out
 
@@ -1540,8 +1531,7 @@ def test_a_prompt_that_is_cut_keeps_its_end_and_fits(tmp_path, capsys):
 
 
 def test_a_reward_of_your_own_gives_each_answer_a_number(tmp_path):
-    """A list, an array or a tensor. Anything else is refused, above all a dictionary, whose keys
-    are no scores."""
+    """A list, an array or a tensor; else it is refused, above all a dictionary."""
     path, responses = tmp_path / "own.py", ["xx", "", "y"]
 
     def scores(code):
@@ -1565,35 +1555,30 @@ def test_a_reward_of_your_own_gives_each_answer_a_number(tmp_path):
 
 def test_a_label_is_on_the_disk_before_the_next_question(tmp_path, monkeypatch, capsys):
     """Keys do what they say, ties stand both ways, nothing is asked twice, what was skipped is."""
-    mine, on_disk = tmp_path / "mine.jsonl", []
+    mine, on_disk, left = tmp_path / "mine.jsonl", [], []
     rows = [{"prompt": f"{i}", "sft": "good\u2028", "rl": "bad"} for i in range(5)]
     rows += [rows[0], {"prompt": "1", "sft": "bad", "rl": "good\u2028"}]
     rows += [{"prompt": "same", "sft": "x", "rl": "x"}]
 
     def person(keys, rows):
-        """Presses these keys; good and bad are the keys of those answers."""
         keys = iter(keys)
 
         def press(text):
             on_disk.append(mine.read_text().count("\n"))
-            good, bad = "Left", " R "
-            if "right: good" in capsys.readouterr().out:
-                good, bad = bad, good
-            key = next(keys)
-            return {"good": good, "bad": bad}.get(key, key)
+            left.append("good\u2028" if "left:  good" in capsys.readouterr().out else "bad")
+            return next(keys)
         monkeypatch.setattr("builtins.input", press)
         label.main([str(mine), str(jsonl(tmp_path / "answers.jsonl", *rows))])
-        return [(row["prompt"], row["chosen"]) for row in read_jsonl(mine, PAIRS)]
+        return [(row["prompt"], row["chosen"], row["rejected"]) for row in read_jsonl(mine, PAIRS)]
 
-    told = person("good bad t ? s q".split(), rows)
-    assert on_disk == [0, 1, 2, 4, 4, 4]
-    assert told[:2] == [("0", "good\u2028"), ("1", "bad")]
-    assert sorted(told[2:]) == [("2", "bad"), ("2", "good\u2028")]
+    told = person(["Left", " R ", "t", "?", "s", "q"], rows)
+    assert on_disk == [0, 1, 2, 4, 4, 4] and [prompt for prompt, *_ in told] == ["0", "1", "2", "2"]
+    assert told[0][1] == left[0] and told[1][2] == left[1] and told[2][1:] == told[3][:0:-1]
     mine.write_text(mine.read_text().rstrip("\n"))  # by an editor, without the last line feed
-    assert [prompt for prompt, _ in person("ll", rows)[4:]] == ["3", "4"]
+    assert [prompt for prompt, *_ in person("ll", rows)[4:]] == ["3", "4"]
     person("", rows)  # and nothing is left to ask
-    many = person("l" * 99, [{"prompt": f"new {i}", "sft": "a", "rl": "b"} for i in range(99)])
-    assert 25 < sum(chosen == "a" for _, chosen in many) < 74  # left and right are drawn by lot
+    person("l" * 99, [row | {"prompt": f"new {i}"} for i, row in enumerate(rows[:1] * 99)])
+    assert 25 < left[-99:].count("bad") < 74  # left and right are drawn by lot
 
 
 @pytest.mark.parametrize("content", ['{"prompt": "p", "cho', '{"prompt": "p"}\n',
@@ -1619,8 +1604,7 @@ def likelihood(model, row):
 
 
 def test_pretraining_learns_every_token_and_sft_the_answers_with_their_end():
-    """SFT does not learn to ask. What was read is kept in mind if it is read on, and what is longer
-    than an answer may be teaches no end."""
+    """SFT does not learn to ask, forgets what is not read on, and learns no end that is cut off."""
     torch.manual_seed(0)
     model, line = GPT(GPTConfig(BYTES.vocab_size, 64, 1, 2, 32)), "abcdefghijklm"
     row = [BYTES.end] + BYTES.answer(line)
@@ -1638,8 +1622,7 @@ def test_pretraining_learns_every_token_and_sft_the_answers_with_their_end():
 
 
 def test_how_often_the_reward_model_agrees_by_hand():
-    """Of each kind of pair: the share whose chosen answer, cut, has the higher score. What is equal
-    once it is cut teaches nothing and is no pair."""
+    """Of each kind: the share whose chosen answer has the higher score; equal once cut: no pair."""
     class Length(torch.nn.Module):
         scale = torch.ones(())
 
@@ -1663,17 +1646,8 @@ def parsed(*argv):
     return args
 
 
-@pytest.fixture(scope="session")
-def made(tmp_path_factory):
-    """A folder for the stages of small runs."""
-    folder = tmp_path_factory.mktemp("made")
-    rows = [{"prompt": f"What is {i}?", "response": "47"[i % 2]} for i in range(2400)]
-    jsonl(folder / "demos.jsonl", *rows)
-    return folder
-
-
 @pytest.fixture
-def small(made, tmp_path, monkeypatch):
+def small(tmp_path, tmp_path_factory, monkeypatch):
     """The language world in a folder of its own: smaller sizes, and nothing else is changed."""
     monkeypatch.setattr(stages, "GPTConfig", partial(GPTConfig, n_head=2, n_embd=32))
     monkeypatch.setattr(stages, "pretrain", partial(stages.pretrain, steps=9))
@@ -1681,8 +1655,12 @@ def small(made, tmp_path, monkeypatch):
     for name, n in (("pretraining_text", 3000), ("preference_pairs", 200)):
         monkeypatch.setattr(World, name, partialmethod(
             lambda self, full, n, _, *a, **k: full(self, n, *a, **k), getattr(World, name), n))
-    monkeypatch.chdir(made)
-    if not (made / "out").exists():
+    made = tmp_path_factory.getbasetemp() / "made"  # the stages, once
+    if not made.exists():
+        made.mkdir()
+        monkeypatch.chdir(made)
+        jsonl(made / "demos.jsonl", *({"prompt": f"What is {i}?", "response": "47"[i % 2]}
+                                      for i in range(2400)))
         stages.prepare(parsed(*LANGUAGE))
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
@@ -1700,8 +1678,7 @@ def complaint(capsys, argv, status=2):
 
 
 def test_the_reward_model_begins_as_the_sft_policy_and_each_batch_has_its_own_noise(small):
-    """After a single step of Adam no weight of its body has moved further. The same question, in
-    two batches and in the first one once more."""
+    """Within a single step of Adam. One question, in two batches and in the first once more."""
     Path("one.txt").write_text("Where is Oz?\n")
     chat, policy = stages.prepare(parsed(*LANGUAGE, "--reward-pairs", "32", "--prompts", "one.txt"))
     for x, y in zip(policy.h.parameters(), chat.reward_model.gpt.h.parameters()):
@@ -1733,15 +1710,13 @@ def test_nothing_learns_from_held_out_prompts_of_your_own(small, capsys):
     """Rows of --demos and --pairs with such prompts change no weight of policy and reward model."""
     rows = [{"prompt": f"{i}?", "response": f"{i}", "chosen": f"{i % 7}", "rejected": "No."}
             for i in range(90)]
-    rows += [row | {"rejected": row["chosen"]} for row in rows[:40]]
     rest = [row for row in rows if held_out(row["prompt"])]
-    learned = [row for row in rows if row not in rest]
-    same, ends = sum(row["chosen"] == row["rejected"] for row in learned), []
+    learned, ends = [row for row in rows if row not in rest], []
     for name, some in (("a", learned), ("b", rest[::2] + learned + rest[1::2])):
         path = str(jsonl(Path(f"{name}.jsonl"), *some))
         chat, policy = stages.prepare(parsed(*LANGUAGE, "--demos", path, "--pairs", path))
         ends.append([*policy.state_dict().values(), *chat.reward_model.gpt.state_dict().values()])
-        assert f"{len(learned)} pairs to learn from, {same} dropped" in capsys.readouterr().out
+        assert f"{len(learned)} pairs to learn from" in capsys.readouterr().out
     assert all(torch.equal(x, y) for x, y in zip(*ends))
     jsonl(Path("out.jsonl"), *rest)
     for flag, says in (("--demos", "all of its prompts"), ("--pairs", "no pair is left")):
@@ -1761,7 +1736,6 @@ def test_the_reward_model_is_retrained_every_n_batches_and_keeps_its_scale(small
         scores = chat.reward_model(*question_and_answer(before))
         close(scores.mean(), 1, 1e-4)
         close(scores.std(), 1, 1e-2)
-        assert not scores.requires_grad
 
 
 def test_every_policy_is_evaluated_with_the_same_questions_and_noise():
@@ -1774,9 +1748,8 @@ def test_every_policy_is_evaluated_with_the_same_questions_and_noise():
     chat = SimpleNamespace(world=Prompts([f"{i}?" for i in range(99)], 0), answer=answer,
                            stream=lambda *use: use)
     for policy in (1, 2):
-        for split in ("train", "held_out"):
-            report.evaluate(chat, policy, split, n=9, at_once=3)
-    assert told[:6] == told[6:] and len(set(told)) == 6
+        report.evaluate(chat, policy, "held_out", n=9, at_once=3)
+    assert told[:3] == told[3:] and len(set(told)) == 3
 
 
 # ===== Runs =====
@@ -1826,8 +1799,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been(argv, sma
 
 def test_a_checkpoint_that_is_damaged_or_of_another_run_is_not_gone_on_from(tmp_path, monkeypatch,
                                                                             capsys):
-    """The run starts again and ends the same; what stands in its folder stays until the first batch
-    is done. One that has ended is not run again."""
+    """The run starts again and ends the same; what it replaces stays until its first batch."""
     monkeypatch.chdir(tmp_path)
     assert train.main(CAT) == 0
     folder, updates = parsed(*CAT).folder, []
@@ -1846,8 +1818,7 @@ def test_a_checkpoint_that_is_damaged_or_of_another_run_is_not_gone_on_from(tmp_
 
 def test_several_runs_go_on_where_they_were_stopped_and_none_is_run_twice(tmp_path, monkeypatch,
                                                                           capsys):
-    """Each has its log in its folder; table and picture are made of all. One that diverges leaves
-    the others alone."""
+    """Each has its log; table and picture are of all. One that diverges leaves the others alone."""
     monkeypatch.chdir(tmp_path)
     argv = [*CAT, "--algo", "reinforce,ppo,ppo-kl", "--seeds", "2", "--steps", "3"]
     updates = []
@@ -1883,8 +1854,7 @@ def test_a_run_that_diverges_ends_with_status_1_and_one_line(flags, says, capsys
 
 
 def test_whatever_is_printed_can_be_printed_anywhere(small, monkeypatch):
-    """Where nothing but ASCII can be shown: the table of several runs on prompts whose answers
-    nobody knows, and what is to be labelled."""
+    """In ASCII: the table of runs on prompts whose answers nobody knows; what is to be labelled."""
     Path("prompts.txt").write_text("Where is Łódź?\n", encoding="utf-8")
     jsonl(Path("answers.jsonl"), {"prompt": "Where is Łódź?", "sft": "in Poland 🙂", "rl": "漢"})
     monkeypatch.setattr("builtins.input", lambda text: "t")
@@ -1910,7 +1880,7 @@ def test_no_two_runs_share_a_folder():
     "--algo nonsense", "--unknown 3", "--step 3", "--seed x", "--seed -1", "--steps 0", "--lr nan",
     "--algo rloo --batch-size 7", "--algo ppo --batch-size 1", "--weight rloo", "--gamma 1.5",
     "--algo ppo --clip inf", "--temperature 0", "--algo ppo-adaptive-kl --beta 0",
-    "--device nowhere", "--device cuda", "--reward mine", "--reward verifier --prompts x",
+    "--device nowhere", "--device xpu", "--reward mine", "--reward verifier --prompts x",
     "--max-new-tokens 99", "--max-new-tokens 9", "--seeds 2 --ask x", "--init gpt5",
     "--pairs none.jsonl", "--env gridworld --grid CM", "--env gridworld --out /proc/nowhere",
     # flags that would do nothing
@@ -1921,8 +1891,6 @@ def test_no_two_runs_share_a_folder():
     "--reward verifier --reward-mean 1", "--pairs x --labeller careful"])
 def test_bad_input_gets_one_line_and_status_2(argv, tmp_path, monkeypatch, capsys):
     """It names the flag, and nothing is written."""
-    if argv == "--device cuda" and torch.cuda.is_available():
-        pytest.skip("there is a CUDA device here")
     monkeypatch.chdir(tmp_path)
     line = complaint(capsys, argv.split())
     assert not list(tmp_path.iterdir()), line
@@ -1960,7 +1928,6 @@ def test_ask_shows_both_policies_answers_and_trains_nothing(small, capsys):
 # ===== Side by side =====
 def test_the_table_compares_each_rung_with_the_one_above_seed_by_seed(tmp_path):
     """Numbers by hand: mean and Student's 95 % interval, 4.30 standard errors of three seeds."""
-    close(comparing.interval([1.0, 2.0, 6.0]), [3, 4.30 * math.sqrt(7 / 3)], 1e-2)
     runs = []
     for algo, size in (("reinforce", 3), ("reward-to-go", 2), ("ppo", 1)):
         for seed in range(size):
@@ -1990,8 +1957,7 @@ def hugging_face(V=97, C=128):
 
 @torch.no_grad()
 def test_logits_are_those_of_gpt_2_left_padded_too():
-    """Its weights in our network: every logit of a row that is read alone, and with pads before.
-    Names without the prefix and half precision will do, too. New tokens are read and never said."""
+    """Also without the prefix, and in half precision. New tokens are read and never said."""
     torch.manual_seed(0)
     given, w = hugging_face(), tiny_gpt(97, 0.1, 128).state_dict()
     half = {k.removeprefix("transformer."): x.half() for k, x in given.items()}
@@ -2009,27 +1975,23 @@ def test_logits_are_those_of_gpt_2_left_padded_too():
         close(words[97:].mean(0), words[:97].mean(0), 0.017)  # they begin as the average token
 
 
-@pytest.fixture
-def fake_encoding(monkeypatch):
+def fake_encoding(monkeypatch, ranks=BYTES.encoding._mergeable_ranks):
     """Has tokens in the place of GPT-2's own, which are not on every machine."""
-    def use(ranks):
-        fake = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks,
-                                 special_tokens={})
-        monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": fake}.get)
-    use(BYTES.encoding._mergeable_ranks)
-    return use
+    fake = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={})
+    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": fake}.get)
 
 
-def test_what_is_no_gpt_2_is_refused_in_one_line(fake_encoding, tmp_path, monkeypatch, capsys):
+def test_what_is_no_gpt_2_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     """--init: a tensor missing or odd, another width, a head of its own, other tokens; no file."""
     def no_network(*args, **kwargs):
-        raise OSError("no network, and not in a cache")
+        raise OSError
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
+    fake_encoding(monkeypatch)
     good, path = hugging_face(257), tmp_path / "weights.bin"
 
     def refused(says, init=str(path)):
-        argv = ["--init", init, "--device", "cpu", "--out", str(tmp_path / "out")]
-        assert re.match(f"train.py: --init .*{says}", complaint(capsys, argv))
+        line = complaint(capsys, ["--init", init, "--device", "cpu", "--out", str(tmp_path)])
+        assert re.match(f"train.py: --init .*{says}", line)
     for change, says in [
             ({"transformer.h.0.attn.c_proj.bias": None}, "KeyError.*c_proj.bias"),
             ({"transformer.h.0.mlp.c_fc.weight": torch.zeros(512, 128)}, "RuntimeError"),
@@ -2044,8 +2006,9 @@ def test_what_is_no_gpt_2_is_refused_in_one_line(fake_encoding, tmp_path, monkey
     refused("pytorch_model.bin", "gpt2-medium")
 
 
-def test_gpt_2s_turn_tokens_and_pad_stand_behind_its_vocabulary(fake_encoding):
+def test_gpt_2s_turn_tokens_and_pad_stand_behind_its_vocabulary(monkeypatch):
     """Of a vocabulary of bytes."""
+    fake_encoding(monkeypatch)
     ours = gpt2.tokenizer()
     assert (ours.end, ours.pad, ours.vocab_size, ours.read_only) == (256, 257, 257, 3)
     assert sorted((ours.user, ours.assistant)) == [258, 259]
@@ -2055,12 +2018,12 @@ def test_gpt_2s_turn_tokens_and_pad_stand_behind_its_vocabulary(fake_encoding):
         assert ours.decode(tokens + [ours.pad]) == text and max(tokens[:-1]) < 256
 
 
-def test_rl_begins_with_the_weights_of_a_file(fake_encoding, tmp_path, monkeypatch):
+def test_rl_begins_with_the_weights_of_a_file(tmp_path, monkeypatch):
     """--init FILE: no pretraining; SFT and RL move its weights by little."""
     monkeypatch.setattr(train.report, "compare", lambda *_: None)  # as in any other run
     monkeypatch.chdir(tmp_path)
     ranks = tokenizers.load().encoding._mergeable_ranks
-    fake_encoding(ranks)
+    fake_encoding(monkeypatch, ranks)
     given = hugging_face(len(ranks) + 1, 64)
     torch.save(given, "small.bin")
     jsonl(Path("demos.jsonl"), *({"prompt": f"{i}+1?", "response": f"{i + 1}."} for i in range(40)))
@@ -2094,12 +2057,12 @@ def test_the_tables_of_the_figures_are_their_csv_files():
 
 def test_the_weights_that_are_compared_meet_where_they_must():
     """1 step is lambda 0; more steps than there are, lambda 1 and the baseline are the same."""
-    mask, gamma_to_the_t = torch.arange(7) < torch.tensor([[7], [3], [1]]), 0.9 ** torch.arange(7)
+    mask = torch.arange(7) < torch.tensor([[7], [3], [1]])
     told = variance.weights(randn(3, 7, seed="r"), randn(3, 7, seed="V"), mask, 0.9)
-    for one, other in (("1-step", "GAE 0.0"), ("8-step", "baseline"), ("GAE 1.0", "baseline")):
+    told["with gamma^t"] = told["GAE 1.0, no gamma^t"] * 0.9 ** torch.arange(7)
+    for one, other in (("1-step", "GAE 0.0"), ("8-step", "baseline"), ("GAE 1.0", "baseline"),
+                       ("with gamma^t", "baseline")):
         close(told[one], told[other])
-    close(told["GAE 1.0, no gamma^t"] * gamma_to_the_t, told["baseline"])
-    close(told["return"][:, 0], told["reward-to-go"][:, 0])
 
 
 def test_the_variance_that_is_measured_is_that_of_all_actions():
@@ -2118,12 +2081,10 @@ def test_the_variance_that_is_measured_is_that_of_all_actions():
     score = torch.eye(3) - pi                                           # (3, W): grad log pi(a)
     J = pi @ (score * reward[:, None])
     for b in (0, 2):
-        mean, squares, apart = found["", b]
+        mean, squares, _ = found["", b]
         exact = (pi @ (score * (reward - b)[:, None]).square().sum(1) - J.square().sum()).item()
         close(variance_language.variance(mean, squares, n) / exact, 1, 0.15)
         assert (mean - J).norm() < 2 * math.sqrt(exact / (batches * n))
-    between = (pi @ (2 * score).square().sum(1)).item()
-    close(variance_language.variance(mean - found["", 0][0], apart, n) / between, 1, 0.15)
 
 
 def test_what_the_picture_of_credit_says_of_a_token_is_read_off_without_padding():
@@ -2179,7 +2140,6 @@ def test_means_over_seeds_with_one_that_diverged_and_one_that_never_arrived_by_h
             for x in ("0.5", "0.7", "")]
     told = "\n".join(kl.markdown(rows))
     assert "| reward | 1 of 3 | 0.6 (0.5 – 0.7) | 60 (50 – 70) | 60 (50 – 70) | 0.60 (" in told
-    close(runs.smooth([6.0, 0, 0, 0, 0, 6]), [6, 3, 2, 1.5, 1.2, 1.2])
     cats = [{"algo": "ppo", "moves": moves} for moves in ("300", "", "100", "900")]
     assert gridworld.table(cats)[2:] == ["| ppo | 3 of 4 | 300 | 100 – 900 |"]
     for greedy, there in (([1.0] * 4, 0), ([0.5] + [0.99] * 5, 1), ([1.0] * 4 + [0.98], 0)):
@@ -2187,20 +2147,18 @@ def test_means_over_seeds_with_one_that_diverged_and_one_that_never_arrived_by_h
 
 
 def test_what_the_uses_of_rl_learn_from_differs_only_in_what_they_are_about():
-    """uses.py: pairs with and without the idiom; each step of a working adds two digits."""
+    """uses.py: pairs with and without the idiom; a working ends in its sum, which alone is paid."""
     _, pairs, _ = uses.style_files(random.Random(0), World(0))
     assert all(x["chosen"] == x["rejected"].rstrip(".") + ", my friend." for x in pairs)
-    demos, prompts = uses.sum_files(random.Random(0))
-    for prompt, response in (x.values() for x in demos):
+    for prompt, response in (x.values() for x in uses.sum_files(random.Random(0))[0]):
         total = sum(map(int, re.findall(r"\d+", prompt)))
-        for a, b, c in re.findall(r"(\d+)\+(\d+)=(\d+)", response):
-            assert len(a) == len(b) == 1 and int(a) + int(b) == int(c)
         said = [response, f"It is {total + 1}.", f"{total}=3+{total - 1}.", f"1{total}", "..."]
         assert uses.verifier([prompt] * 5, said) == [1, 0, 0, 0, 0]
 
 
-def test_every_exercise_fits_the_code_as_it_is_and_was_seen_red():
-    """break_it.py: each line stands in its file exactly once; each mistake has its proof."""
+def test_an_exercise_fits_the_code_and_turns_its_proof_red(capsys):
+    """break_it.py: each line stands in its file exactly once, each mistake was seen red, and the
+    command finds what its table says; a number that is none gets a line and status 2."""
     rows = runs.read("break_it")
     proofs = re.findall(r"^def (test_\w+)", (TOP / "test_all.py").read_text(), re.MULTILINE)
     assert len(rows) == len(break_it.EXERCISES) >= 30
@@ -2209,15 +2167,9 @@ def test_every_exercise_fits_the_code_as_it_is_and_was_seen_red():
         assert [row[k] for k in ("file", "mistake", "keyword", "curve")] == [
             x.file, x.words, x.keyword, x.curve]
         assert set(row["red"].split("; ")) <= set(proofs), row
-
-
-def test_an_exercise_turns_its_proof_red_and_a_wrong_number_gets_status_2(capsys):
-    """break_it.py: the command finds what its table says; a number that is none gets a line."""
-    for argv in (["0"], ["x"], ["1", "2"]):
-        assert break_it.main(argv) == 2
-        assert len(capsys.readouterr().err.splitlines()) == 1
-    red = break_it.break_it(break_it.EXERCISES[0])
-    assert red == ["test_the_return_leaves_the_first_reward_undiscounted"]
+    assert break_it.break_it(break_it.EXERCISES[0]) == [rows[0]["red"]]
+    assert break_it.main(["0"]) == break_it.main(["x"]) == break_it.main(["1", "2"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 3
 
 
 # ===== The house =====
@@ -2290,18 +2242,12 @@ def test_every_slide_and_function_of_the_readmes_table_is_where_it_says():
     assert len(rows) > 18
 
 
-def test_every_proof_that_the_readmes_name_exists():
-    """Each `-k X` selects a test."""
-    tests = re.findall(r"^def (test_\w+)", (TOP / "test_all.py").read_text(), re.M)
+def test_every_proof_and_every_command_of_the_readmes_is_there():
+    """Each `-k X` selects a test, flags parse, scripts and modules exist; CI runs the tests so."""
+    tests = " ".join(re.findall(r"^def (test_\w+)", (TOP / "test_all.py").read_text(), re.M))
     expressions = re.findall(r'-k (?:"([^"]+)"|(\w+))', README)
-    assert len(expressions) > 20
-    words = set(re.findall(r"\w+", " ".join(map("".join, expressions))))
-    for word in words - {"X", "or", "and", "not"}:
-        assert any(word.lower() in name.lower() for name in tests), word
-
-
-def test_every_command_of_the_readmes_is_understood():
-    """Flags parse, scripts and modules are there, and the tests are run as CI does."""
+    for word in set(re.findall(r"\w+", str(expressions))) - {"X", "or", "and", "not"}:
+        assert word.lower() in tests.lower(), word
     commands = re.findall(r"(?:^|[`/ ])python (.*?)(?:`|  | #|;|$)", README, re.M)
     short = re.findall(r"`(--(?:algo|env|reward|labeller) [^`X]+)`", README)
     for command in commands + [f"train.py {x}" for x in short]:
@@ -2311,7 +2257,7 @@ def test_every_command_of_the_readmes_is_understood():
         if script == "-m" and argv[0] not in ("pip", "pytest", "venv"):
             script = argv[0].replace(".", "/") + ".py"
         assert script == "-m" or (TOP / script).exists(), command
-    assert len(commands) > 15 and "-m pytest -q test_all.py" in commands
+    assert len(expressions) > 20 and len(commands) > 15 and "-m pytest -q test_all.py" in commands
     assert (TOP / ".ci/run").read_text().endswith("python -m pytest -q test_all.py\n")
 
 
