@@ -1501,33 +1501,31 @@ def test_malformed_files_get_one_line_with_file_line_and_field(tmp_path):
 
 def test_a_prompt_is_on_the_same_side_in_every_file(tmp_path, capsys):
     """Held out by prompt, not by pair: 400 pairs over 41 prompts; how many is said."""
-    rng, prompts, sides = random.Random(0), [f"Question {i}?" for i in range(41)], []
+    rng, prompts = random.Random(0), [f"Question {i}?" for i in range(41)]
     jsonl(tmp_path / "pairs.jsonl", *(PAIR | {"prompt": p} for p in rng.choices(prompts, k=400)))
     jsonl(tmp_path / "demos.jsonl", *({"prompt": f" {p}\n", "response": "r"} for p in prompts))
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    world = Prompts(prompts, 0)
     for name, fields in (("pairs.jsonl", PAIRS), ("demos.jsonl", DEMOS), ("prompts.txt", PROMPTS)):
         rows = [row["prompt"] for row in read_own(tmp_path / name, fields, BYTES, 30, 9)]
         out = [prompt for prompt in rows if held_out(prompt)]
-        sides.append((set(rows) - set(out), set(out)))
+        assert set(out) == set(world.held_out) == set(world.questions(999, "held_out", 1))
+        assert set(rows) - set(out) == set(world.train) == set(world.questions(999, "train", 1))
         assert f"{len(rows)} rows, {len(out)} of them held out" in capsys.readouterr().out
-    world = Prompts(prompts, 0)
-    sides.append(tuple(set(world.questions(999, split, 1)) for split in ("train", "held_out")))
-    assert sides == [(set(world.train), set(world.held_out))] * 4
     one = Prompts(["1?"], 0)
     assert one.train == one.held_out == ["1?"] and "the same ones" in capsys.readouterr().out
 
 
 def test_a_prompt_that_is_cut_keeps_its_end_and_fits(tmp_path, capsys):
     """Whatever the letters are. What fits stays as it is, what is cut is counted."""
-    rng, path = random.Random(0), tmp_path / "p.txt"
+    rng, path, tokenizer = random.Random(0), tmp_path / "p.txt", tokenizers.load()
     texts = ["".join(rng.choices("abc 12é漢🙂👩‍👧", k=n)).strip() or "x" for n in range(1, 60)]
     path.write_text("\n".join(texts), encoding="utf-8")
-    for tokenizer in (BYTES, tokenizers.load()):
-        fits = [len(tokenizer.encode(text)) <= 9 for text in texts]
-        for text, fit, row in zip(texts, fits, read_own(path, PROMPTS, tokenizer, 9, 5)):
-            assert text.endswith(row["prompt"]) and len(tokenizer.encode(row["prompt"])) <= 9
-            assert (row["prompt"] == text) == fit
-        assert f"{fits.count(False)} prompts cut" in capsys.readouterr().out and any(fits)
+    fits = [len(tokenizer.encode(text)) <= 9 for text in texts]
+    for text, fit, row in zip(texts, fits, read_own(path, PROMPTS, tokenizer, 9, 5)):
+        assert text.endswith(row["prompt"]) and len(tokenizer.encode(row["prompt"])) <= 9
+        assert (row["prompt"] == text) == fit
+    assert f"{fits.count(False)} prompts cut" in capsys.readouterr().out and any(fits)
 
 
 def test_a_reward_of_your_own_gives_each_answer_a_number(tmp_path):
@@ -1537,7 +1535,6 @@ def test_a_reward_of_your_own_gives_each_answer_a_number(tmp_path):
     def scores(code):
         path.write_text("import numpy as np, torch\n" + code)
         return own_reward(f"{path}:f")(["a", "bcd", "ef"], responses)
-
     f = ("def f(prompts, responses):\n"
          "    x = [len(p) - len(r) / 4 for p, r in zip(prompts, responses)]\n"
          "    responses.clear()\n    return ")
@@ -1545,11 +1542,12 @@ def test_a_reward_of_your_own_gives_each_answer_a_number(tmp_path):
         told = scores(f + form)
         assert not told.requires_grad and len(responses) == 3  # it had a copy
         close(told, [0.5, 3.0, 1.75])
-    bad = [(code, "cannot be loaded") for code in ("def f(:", "g = 1", "f = 1", "exit()")]
-    bad += [(f + form, "must return") for form in (
-        "dict.fromkeys(x, 1.0)", "None", "x[1:]", "[[y] for y in x]", "[1, 2, np.nan]", "1 / 0")]
-    for code, says in bad:
-        with pytest.raises(DataError, match=f"--reward .*own.py:f:? {says}"):
+    for form in ("dict.fromkeys(x, 1.0)", "None", "x[1:]", "[[y] for y in x]", "[1, 2, np.nan]",
+                 "1 / 0"):
+        with pytest.raises(DataError, match="--reward .*own.py:f must return"):
+            scores(f + form)
+    for code in ("def f(:", "g = 1", "f = 1", "exit()"):
+        with pytest.raises(DataError, match="--reward .*own.py:f: cannot be loaded"):
             scores(code)
 
 
@@ -1581,8 +1579,7 @@ def test_a_label_is_on_the_disk_before_the_next_question(tmp_path, monkeypatch, 
     assert 25 < left[-99:].count("bad") < 74  # left and right are drawn by lot
 
 
-@pytest.mark.parametrize("content", ['{"prompt": "p", "cho', '{"prompt": "p"}\n',
-                                     '{"prompt": "p", "sft": "a", "rl": 1}\n'])
+@pytest.mark.parametrize("content", ['{"prompt": "p", "cho', '{"prompt": "p"}\n'])
 def test_a_file_of_labels_or_answers_that_is_damaged_is_left_alone(content, tmp_path, capsys):
     """Status 2, one line that says where, the file as it was."""
     good = jsonl(tmp_path / "good.jsonl", {"prompt": "p", "sft": "a", "rl": "b"})
@@ -1597,14 +1594,12 @@ def test_a_file_of_labels_or_answers_that_is_damaged_is_left_alone(content, tmp_
 
 
 # ===== Slides "RL for LLMs", "Technical Differences": the stages before RL =====
-def likelihood(model, row):
-    """Probability of each token but the first after those before it, (T - 1,), in one pass."""
-    pi = softmax(model.logits(model(torch.tensor([row])))[0])
-    return pi[torch.arange(len(row) - 1), row[1:]]
-
-
 def test_pretraining_learns_every_token_and_sft_the_answers_with_their_end():
     """SFT does not learn to ask, forgets what is not read on, and learns no end that is cut off."""
+    def likelihood(model, row):
+        """Probability of each token but the first after those before it, (T - 1,)."""
+        pi = softmax(model.logits(model(torch.tensor([row])))[0])
+        return pi[torch.arange(len(row) - 1), row[1:]]
     torch.manual_seed(0)
     model, line = GPT(GPTConfig(BYTES.vocab_size, 64, 1, 2, 32)), "abcdefghijklm"
     row = [BYTES.end] + BYTES.answer(line)
@@ -1773,8 +1768,7 @@ def outcome(folder):
 
 
 @pytest.mark.parametrize("argv", [CAT, [*LANGUAGE, "--reward-refresh", "1"]])
-def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been(argv, small, monkeypatch,
-                                                                       capsys):
+def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(argv, small, monkeypatch, capsys):
     """The same command goes on: the same policy.pt and metrics.csv, to the last bit."""
     monkeypatch.setattr(logged, "SAVE_EVERY", -1)  # a checkpoint after every batch
     folder, life = parsed(*argv).folder, [10 ** 9]
@@ -1797,8 +1791,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been(argv, sma
     assert capsys.readouterr().out.count("going on in") == 2
 
 
-def test_a_checkpoint_that_is_damaged_or_of_another_run_is_not_gone_on_from(tmp_path, monkeypatch,
-                                                                            capsys):
+def test_a_damaged_checkpoint_or_another_runs_is_not_gone_on_from(tmp_path, monkeypatch, capsys):
     """The run starts again and ends the same; what it replaces stays until its first batch."""
     monkeypatch.chdir(tmp_path)
     assert train.main(CAT) == 0
@@ -1816,9 +1809,8 @@ def test_a_checkpoint_that_is_damaged_or_of_another_run_is_not_gone_on_from(tmp_
     assert "replaced" in capsys.readouterr().out
 
 
-def test_several_runs_go_on_where_they_were_stopped_and_none_is_run_twice(tmp_path, monkeypatch,
-                                                                          capsys):
-    """Each has its log; table and picture are of all. One that diverges leaves the others alone."""
+def test_several_runs_go_on_where_they_were_stopped(tmp_path, monkeypatch, capsys):
+    """None is run twice. Each has its log, one that diverges leaves the others alone."""
     monkeypatch.chdir(tmp_path)
     argv = [*CAT, "--algo", "reinforce,ppo,ppo-kl", "--seeds", "2", "--steps", "3"]
     updates = []
@@ -1834,7 +1826,6 @@ def test_several_runs_go_on_where_they_were_stopped_and_none_is_run_twice(tmp_pa
     for again in range(2):
         assert train.main(argv) == 0 and len(updates) == 1 + 198
         told = capsys.readouterr().out
-    assert "6 of 6: gridworld-" in told
     table, picture = (next(Path("out").glob(f"compare-*-reinforce+ppo+ppo-kl-*-0-1.{form}"))
                       for form in ("md", "png"))  # named by what was compared, like a run
     assert table.read_text() in told and picture.read_bytes()[:4] == b"\x89PNG"
@@ -1878,17 +1869,17 @@ def test_no_two_runs_share_a_folder():
 # ===== The command line =====
 @pytest.mark.parametrize("argv", [
     "--algo nonsense", "--unknown 3", "--step 3", "--seed x", "--seed -1", "--steps 0", "--lr nan",
-    "--algo rloo --batch-size 7", "--algo ppo --batch-size 1", "--weight rloo", "--gamma 1.5",
-    "--algo ppo --clip inf", "--temperature 0", "--algo ppo-adaptive-kl --beta 0",
-    "--device nowhere", "--device xpu", "--reward mine", "--reward verifier --prompts x",
-    "--max-new-tokens 99", "--max-new-tokens 9", "--seeds 2 --ask x", "--init gpt5",
-    "--pairs none.jsonl", "--env gridworld --grid CM", "--env gridworld --out /proc/nowhere",
+    "--algo rloo --batch-size 7", "--algo ppo --batch-size 1", "--weight rloo", "--temperature 0",
+    "--algo ppo-adaptive-kl --beta 0", "--device nowhere", "--device xpu", "--reward mine",
+    "--reward verifier --prompts x", "--max-new-tokens 99", "--max-new-tokens 9", "--init gpt5",
+    "--seeds 2 --ask x", "--pairs none.jsonl", "--env gridworld --grid CM", "--algo ppo --clip inf",
+    "--env gridworld --out /proc/nowhere", "--algo all --whiten 1",
     # flags that would do nothing
-    "--env gridworld --reward verifier", "--slip .1", "--beta 1", "--kl-target 3",
-    "--algo all --whiten 1", "--algo baseline --lam .9", "--vf-coef 1", "--value-lr 1",
-    "--algo importance --clip .1", "--reward verifier --pairs x", "--pairs x --reward-pairs 9",
-    "--prompts x --reward-refresh 9", "--reward-refresh 9 --steps 9",
-    "--reward verifier --reward-mean 1", "--pairs x --labeller careful"])
+    "--env gridworld --reward verifier", "--slip .1", "--beta 1", "--kl-target 3", "--vf-coef 1",
+    "--value-lr 1", "--algo baseline --lam .9", "--algo importance --clip .1",
+    "--reward verifier --pairs x", "--pairs x --reward-pairs 9", "--prompts x --reward-refresh 9",
+    "--reward-refresh 9 --steps 9", "--reward verifier --reward-mean 1",
+    "--pairs x --labeller careful"])
 def test_bad_input_gets_one_line_and_status_2(argv, tmp_path, monkeypatch, capsys):
     """It names the flag, and nothing is written."""
     monkeypatch.chdir(tmp_path)
@@ -2118,8 +2109,7 @@ def test_overoptimisation_fits_recover_known_curves_up_to_d_3():
     for name in (hacking.BON, *hacking.SETTINGS):
         for step, d in enumerate((0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)):
             gain = d * (1 - 0.3 * (d if name == hacking.BON else math.log(d))) if d <= 3 else -9.0
-            rows.append({"setting": name, "seed": 1, "step": step, "d": d, "proxy": 0.0,
-                         "gold": gain, "gain": gain})
+            rows.append(dict(setting=name, seed=1, step=step, d=d, proxy=0, gold=gain, gain=gain))
     for name, *numbers in (row.values() for row in hacking.fits(rows)):
         peak = max(row["gold"] for row in rows if row["setting"] == name)
         close(numbers, [1, 0.3, 1, peak, -9, 6], 1e-6)
@@ -2146,8 +2136,8 @@ def test_means_over_seeds_with_one_that_diverged_and_one_that_never_arrived_by_h
         assert gridworld.good([{"greedy": x} for x in greedy]) == there
 
 
-def test_what_the_uses_of_rl_learn_from_differs_only_in_what_they_are_about():
-    """uses.py: pairs with and without the idiom; a working ends in its sum, which alone is paid."""
+def test_what_earns_a_reward_in_the_uses_of_rl():
+    """uses.py: the idiom and nothing else; a working that ends in the sum, or the sum alone."""
     _, pairs, _ = uses.style_files(random.Random(0), World(0))
     assert all(x["chosen"] == x["rejected"].rstrip(".") + ", my friend." for x in pairs)
     for prompt, response in (x.values() for x in uses.sum_files(random.Random(0))[0]):
@@ -2157,8 +2147,7 @@ def test_what_the_uses_of_rl_learn_from_differs_only_in_what_they_are_about():
 
 
 def test_an_exercise_fits_the_code_and_turns_its_proof_red(capsys):
-    """break_it.py: each line stands in its file exactly once, each mistake was seen red, and the
-    command finds what its table says; a number that is none gets a line and status 2."""
+    """break_it.py: each line stands in its file once, each mistake was seen red, one is made."""
     rows = runs.read("break_it")
     proofs = re.findall(r"^def (test_\w+)", (TOP / "test_all.py").read_text(), re.MULTILINE)
     assert len(rows) == len(break_it.EXERCISES) >= 30
@@ -2177,31 +2166,28 @@ def sources(*folders):
     return [path for folder in folders for path in sorted((TOP / folder).glob("*.py"))]
 
 
-def trees():
-    """{file: its syntax tree}, of all of ours."""
-    return {path: ast.parse(path.read_text(encoding="utf-8"))
-            for path in sources("", "chat", "lab", "figures")}
-
-
 def module(path):
     """The name from the top, as in an import."""
     return ".".join(path.relative_to(TOP).with_suffix("").parts)
 
 
-def test_imports_run_one_way_and_every_load_is_weights_only():
-    """gpt, gae and gridworld know nobody, ppo and reward at most one sibling; nobody a figure."""
-    graph = {module(path): set() for path in trees()}
-    for path, tree in trees().items():
-        names = set()
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                names |= {alias.name for alias in node.names}
-            if isinstance(node, ast.ImportFrom):
-                names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+def test_files_fit_a_projector_load_only_weights_and_import_one_way():
+    """100 columns, 40 lines. gpt, gae, gridworld know nobody, ppo and reward at most a sibling."""
+    graph = {module(path): set() for path in sources("", "chat", "lab", "figures")}
+    for path in sources("", "chat", "lab", "figures"):
+        text, names = path.read_text(encoding="utf-8"), graph[module(path)]
+        assert max(map(len, text.split("\n"))) <= 100, path
+        for node in ast.walk(ast.parse(text)):
             call = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             if call.startswith("torch.") and "load" in call:
                 assert "weights_only=True" in ast.unparse(node), (path, node.lineno)
-        graph[module(path)] = names & set(graph)
+            if isinstance(node, ast.FunctionDef) and path.parent == TOP and "test" not in path.name:
+                assert node.end_lineno - node.lineno < 40, (path, node.name)
+            if isinstance(node, ast.Import):
+                names.update(alias.name for alias in node.names)
+            if isinstance(node, ast.ImportFrom):
+                names.update([node.module], (f"{node.module}.{x.name}" for x in node.names))
+        names.intersection_update(graph)
     assert not graph["gpt"] | graph["gae"] | graph["gridworld"]
     assert len(graph["ppo"]) <= 1 and graph["reward"] <= {"gpt"}
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
@@ -2210,15 +2196,6 @@ def test_imports_run_one_way_and_every_load_is_weights_only():
         assert "figures" not in folders or name.startswith(("figures.", "test_all")), name
         assert not name.startswith(("chat.", "lab.")) or "train" not in folders, name
         assert not name.startswith("lab.") or "chat" not in folders, name
-
-
-def test_a_projector_shows_every_line_and_every_function():
-    """100 columns, 40 lines."""
-    for path, tree in trees().items():
-        assert max(map(len, path.read_text(encoding="utf-8").split("\n"))) <= 100, path
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and path.parent == TOP and "test" not in path.name:
-                assert node.end_lineno - node.lineno < 40, (path, node.name)
 
 
 README = "".join((TOP / name).read_text(encoding="utf-8") for name in (
@@ -2265,9 +2242,8 @@ def test_every_proof_and_every_command_of_the_readmes_is_there():
     ("gae.py", "1.746 = 1.400 + 0.9 * 0.8 * 0.481"),
     ("ppo.py", " 1.21       1.20    0.00      -1.21   -1.21"),
     ("gpt.py", "after 'A policy' it says:  is a language model that is paid"),
-    ("reward.py", "Where is Shanghai?"),
     ("gridworld.py", "\n.>  97.0  .>  98.0  .>  99.0  .> 100.0  M    0.0\n"),
-    ("chat/world.py", "Where is ")])
+    ("reward.py", "Where is"), ("chat/world.py", "Where is")])
 def test_the_worked_example_of_each_file_runs(file, says, capsys):
     runpy.run_path(str(TOP / file), run_name="__main__")
     assert says in capsys.readouterr().out
