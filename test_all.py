@@ -1870,7 +1870,7 @@ def test_no_two_runs_share_a_folder():
 @pytest.mark.parametrize("argv", [
     "--algo nonsense", "--unknown 3", "--step 3", "--seed x", "--seed -1", "--steps 0", "--lr nan",
     "--algo rloo --batch-size 7", "--algo ppo --batch-size 1", "--weight rloo", "--temperature 0",
-    "--algo ppo-adaptive-kl --beta 0", "--device nowhere", "--device xpu", "--reward mine",
+    "--algo ppo-adaptive-kl --beta 0", "--device nowhere", "--device cuda", "--reward mine",
     "--reward verifier --prompts x", "--max-new-tokens 99", "--max-new-tokens 9", "--init gpt5",
     "--seeds 2 --ask x", "--pairs none.jsonl", "--env gridworld --grid CM", "--algo ppo --clip inf",
     "--env gridworld --out /proc/nowhere", "--algo all --whiten 1",
@@ -1883,9 +1883,10 @@ def test_no_two_runs_share_a_folder():
 def test_bad_input_gets_one_line_and_status_2(argv, tmp_path, monkeypatch, capsys):
     """It names the flag, and nothing is written."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     line = complaint(capsys, argv.split())
     assert not list(tmp_path.iterdir()), line
-    assert any(word.strip("-") in line for word in argv.split()), line
+    assert any(word.strip("-") in line for word in argv.split() if word != "x"), line
 
 
 def test_every_flag_is_documented_and_used(capsys, monkeypatch):
@@ -2024,7 +2025,7 @@ def test_rl_begins_with_the_weights_of_a_file(tmp_path, monkeypatch):
     assert [path.name[:3] for path in Path("out/stages").iterdir()] == ["sft"]
     name = "h.0.mlp.c_fc.weight"  # GPT-2's files hold this one transposed
     policy = torch.load(parsed(*argv).folder / "policy.pt", weights_only=True)
-    assert 0 < (policy[name].T - given[f"transformer.{name}"]).abs().max() < 5e-3
+    assert 0 < (policy[name].T - given[f"transformer.{name}"]).abs().max() < 5e-4
 
 
 # ===== Figures: what in them can be wrong =====
