@@ -117,12 +117,18 @@ def rl_iteration(name, B, P, N):
         note(f"{what}, peak memory", torch.cuda.max_memory_allocated() / 1e9, "GB")
 
 
-def table(rows):
-    """Markdown, from the rows of the CSV."""
-    lines = [f"| what | {rows[0]['device']} |", "|---|---|"]
-    for row in rows:
-        x = float(row["number"])
-        lines.append(f"| {row['what']} | {x:,.{0 if x >= 1000 else 3}f} {row['unit']} |")
+def table(*machines):
+    """Markdown, a column for the rows of each machine's CSV."""
+    lines = ["| what | " + " | ".join(rows[0]["device"] for rows in machines) + " |",
+             "|---" * (1 + len(machines)) + "|"]
+    columns = [{row["what"]: row for row in rows} for rows in machines]
+    for what in {what: None for column in columns for what in column}:
+        cells = []
+        for column in columns:
+            x = float(column[what]["number"]) if what in column else 0.0
+            number = f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
+            cells.append(f"{number} {column[what]['unit']}" if x else "–")
+        lines.append(f"| {what} | {' | '.join(cells)} |")
     return lines
 
 
