@@ -163,7 +163,7 @@ class GPT(nn.Module):
             return F.linear(h, self.wte.weight)[..., :self.config.vocab_size].to(h.dtype)
 
     def value(self, h):
-        """(.., C) -> (..): V(s), the return expected from here on, in units of reward."""
+        """Slide "Baseline Estimator". (.., C) -> (..): V(s), the return expected from here on."""
         return self.value_head(h).squeeze(-1)
 
     def reward(self, h):

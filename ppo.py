@@ -156,9 +156,10 @@ def whiten(adv, mask, eps=1e-8):
 
 
 def explained_variance(values, target, mask):
-    """1 - Var(G - V) / Var(G) over real steps: 1 is a perfect V, 0 no better than a constant.
+    """1 - Var(G - V) / Var(G) over real steps: 1 if V foresees every return (the true V does not,
+    where chance decides), 0 if it is no better than a constant; 0 if G is one.
 
-    G is the return: a target A + V would contain V, which then explains itself. G constant: 0."""
+    G is the return: a target A + V would contain V, which then explains itself."""
     G = target[mask.bool()]                                             # (N,)
     error = G - values[mask.bool()]                                     # (N,)
     if (G == G[:1]).all():

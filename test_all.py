@@ -46,6 +46,7 @@ from chat import gpt2, report, stages
 from chat import tokenizer as tokenizers
 from chat.env import Chat, question_and_answer
 from chat.world import KINDS, VERDICTS, World
+from figures import gpt2 as gpt2_size
 from figures import (break_it, credit, entropy_sgd, gridworld, hacking, kl, labellers, runs, speed,
                      uses, variance, variance_language)
 from gae import (baseline_advantage, discounted_return, gae, grpo_advantage, n_step_advantage,
@@ -596,6 +597,24 @@ def test_an_answer_is_masked_in_up_to_its_end_token_and_scored_as_in_one_forward
     assert len(set(lengths)) >= 3 if limit == 28 else not (sample.actions == END).any(1).all()
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_fast_sampler_draws_the_tokens_of_the_plain_one_from_the_same_noise(device):
+    """Also after an update, which a step recorded on a GPU must notice."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    model = tiny_gpt().to(device)
+    prompts = [x.to(device) for x in pad_rows(random_rows(2, 4, 3, 4, 2, 3), "left", 4)]
+    for update in range(2):
+        plain, quick = (
+            sampler(model, *prompts, 28, END, 0.8, torch.Generator(device).manual_seed(1))
+            for sampler in (generate, fast.generate))
+        assert torch.equal(plain.actions, quick.actions) and torch.equal(plain.mask, quick.mask)
+        close(quick.logp, plain.logp, 1e-5)
+        close(quick.values, plain.values, 1e-5)
+        for p in model.parameters():
+            p.mul_(1.3)
+
+
 def test_tokens_are_drawn_from_the_softmax_that_scores_them_at_the_same_temperature():
     """The pad is read and never said, be its embedding as loud as it will."""
     model, n, prompt = tiny_gpt(), 4000, torch.tensor([[3, 1, 4]])
@@ -1129,7 +1148,7 @@ def calls(mask):
 @pytest.mark.parametrize("call", calls(MASK), ids=lambda call: call[0].__name__)
 def test_a_function_that_is_pasted_into_an_empty_file_runs_alone(call):
     function, *given = call
-    names = {"torch": torch, "F": F}
+    names = {"torch": torch} | ({"F": F} if function is bradley_terry_loss else {})
     exec(inspect.getsource(function), names)
     assert_close(names[function.__name__](*given), function(*given), rtol=0, atol=0)
 
@@ -2067,6 +2086,7 @@ def test_the_tables_of_the_figures_are_their_csv_files():
     for name, table in tables.items():
         assert "\n".join(table(runs.read(name))) in text, name
     assert "\n".join(speed.table(runs.read("speed-cpu"), runs.read("speed-gpu"))) in text
+    assert "\n".join(gpt2_size.table(runs.read("gpt2_held_out"))) in text
     for name in ("ladder", "ladder_grid"):
         rows = [{k: x if k == "algo" else float(x) for k, x in row.items()}
                 for row in runs.read(name)]
@@ -2243,7 +2263,7 @@ def test_every_slide_and_function_of_the_readmes_table_is_where_it_says():
                 place = getattr(place, name)
             told += files_of_ours[file].read_text(encoding="utf-8")
         assert told and all(title in told for title in titles.strip().split("; ")), titles
-    assert len(rows) == 32
+    assert len(rows) == 33
 
 
 def test_what_the_readme_shows_is_what_there_is():

@@ -146,7 +146,7 @@ def reference_log_probs(world, reference, batch, args):
 
 
 def total_loss(world, policy, reference, batch, beta, args):
-    """The loss of an update, a scalar; for the log, the ratios outside the clip, and a KL."""
+    """Slide "Proximal Policy Optimization Loss": an update's loss, a scalar; two numbers to log."""
     logits, values = world.logits_and_values(policy, batch)             # (B, T, V), (B, T)
     logp, logp_old = log_probs(logits, batch["actions"]), batch["logp_old"]  # (B, T) each
     weight, mask = batch["weight"], batch["mask"]                       # (B, T) each

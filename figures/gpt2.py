@@ -3,8 +3,9 @@
 OpenAI's weights are not needed: without FILE, random ones of their shape are drawn, so all that the
 model knows it learns in SFT. FILE holds weights in Hugging Face's naming.
 Run `python -m figures.gpt2 [FILE]` on a GPU with 16 GB (90 s on an H100; the little model's twin
-trains on the CPU): writes gpt2.csv and gpt2.png beside this script.
+trains on the CPU): writes gpt2.csv, gpt2_held_out.csv and gpt2.png beside this script.
 """
+import json
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from lab.files import save, write_csv
 
 RUNS = {"2 x 128": "--device cpu", "12 x 768, as GPT-2 small": "--init {file}"}
 COLUMNS = {"gold": "share of right answers", "kl": "KL to the policy before RL, nats an answer"}
+SHARES = ("right", "city", "thing", "sum", "wrong")  # of 300 answers; right ones by kind
 
 
 def random_weights(V=50257, C=768, layers=12, n_positions=1024):
@@ -33,6 +35,15 @@ def random_weights(V=50257, C=768, layers=12, n_positions=1024):
             w[f"h.{i}.{name}.weight"] = std * torch.randn(n_in, n_out)
             w[f"h.{i}.{name}.bias"] = torch.zeros(n_out)
     return w
+
+
+def table(rows):
+    """Markdown: held-out questions, in percent."""
+    lines = [f"| layers x channels | policy | {' | '.join(SHARES)} |", "|---" * 7 + "|"]
+    for row in rows:
+        cells = [f"{100 * float(row[name]):.0f}" for name in SHARES]
+        lines.append(f"| {row['model']} | {row['policy']} | {' | '.join(cells)} |")
+    return lines
 
 
 def draw(rows, path):
@@ -54,7 +65,7 @@ def main(file=None, out="out"):
         file = Path(out) / "gpt2-random.pt"
         if not file.exists():
             save(file, random_weights())
-    rows = []
+    rows, held_out = [], []
     for model, flags in RUNS.items():
         flags = flags.format(file=file)
         args, = train_all([parse(f"--algo ppo-kl --batch-size 128 --out {out} {flags}")])
@@ -62,7 +73,13 @@ def main(file=None, out="out"):
         rows += [{"model": model, "step": int(step), "gold": gold, "kl": kl, "seconds": seconds}
                  for step, gold, kl, seconds in
                  zip(*(log[name] for name in ("step", "gold", "kl", "seconds")))]
+        evaluation = json.loads((args.folder / "evaluation.json").read_text(encoding="utf-8"))
+        for policy in ("sft", "rl"):
+            shares = evaluation[policy]["held_out"]
+            held_out.append({"model": model, "policy": policy.upper()}
+                            | {name: round(shares[name], 4) for name in SHARES})
     write_csv(HERE / "gpt2.csv", rows)
+    write_csv(HERE / "gpt2_held_out.csv", held_out)
     draw(rows, HERE / "gpt2.png")
 
 

@@ -74,8 +74,9 @@ def sampling(name, B, P, N):
 def training(name, B, T, steps):
     """Tokens/s of training steps, and their share of what matmul does."""
     model, tokens, target = start(name, B, T + 1)
-    n, times, dtype = (8192, 20, torch.bfloat16) if GPU else (2048, 2, torch.float32)
-    a, c = torch.randn(n, n, device=WHERE, dtype=dtype), model.config
+    c, n, times = model.config, *((8192, 20) if GPU else (2048, 2))
+    dtype = torch.bfloat16 if c.bf16 else torch.float32
+    a = torch.randn(n, n, device=WHERE, dtype=dtype)
     loss = partial(gpt.language_model_loss, model, tokens, target)
     s = take_turns({"fit": lambda: gpt.fit(model, lambda _: loss(), steps, lr=1e-4),
                     "matmul": lambda: [a @ a for _ in range(times)]})

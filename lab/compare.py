@@ -45,7 +45,7 @@ NUMBERS = {  # column of the table: format, what it is
     "answers": ("{:.0f}", "sampled to the first of five batches that are 80 % right (grid: 95 %)"),
     "noise": ("{:,.0f}", "mean squared norm of a batch's gradient: nearly all of it is variance"),
     "kl": ("{:.2f}", "nats an answer to the policy before RL, last ten batches"),
-    "explained variance": ("{:.2f}", "of the return: 1 by a perfect V, 0 by a constant"),
+    "explained variance": ("{:.2f}", "of the return: 1 if V foresees it, 0 by a constant"),
     "score": ("{:.2f}", "mean reward, last ten batches"),
 }
 

@@ -19,8 +19,8 @@ COLUMNS = {  # of metrics.csv that the log shows: width, format, meaning
     "length": (6, ".1f", "tokens an answer (grid: moves)"),
     "finished": (8, ".3f", "share of answers that end by themselves (grid: that reach the meat)"),
     "clip_fraction": (13, ".3f", "share of tokens whose ratio left 1 +- clip during the updates"),
-    "explained_variance": (18, ".3f", "of the return: 1 by a perfect V, 0 by a constant, less by a "
-                           "worse one; nan: V is not used"),
+    "explained_variance": (18, ".3f", "of the return: 1 if V foresees it (where chance decides, "
+                           "nobody does), 0 by a constant, less by worse; nan: V is not used"),
     "grad_norm": (9, ".2f", "of the gradient (not V's head's), mean over updates, before clipping"),
 }
 CODE = ("gae.py", "gpt.py", "gridworld.py", "ppo.py", "reward.py", "train.py", "chat/env.py",
