@@ -2,8 +2,8 @@
 
 OpenAI's weights are not needed: without FILE, random ones of their shape are drawn, so all that the
 model knows it learns in SFT. FILE holds weights in Hugging Face's naming.
-Run `python -m figures.gpt2 [FILE]` on a GPU with 16 GB (90 s on an H100; the little model's twin
-trains on the CPU): writes gpt2.csv, gpt2_held_out.csv and gpt2.png beside this script.
+Run `python -m figures.gpt2 [FILE]` on a GPU with 16 GB: 90 s on an H100, and two minutes more for
+the little model, which trains on the CPU. Writes gpt2.csv, gpt2_held_out.csv and gpt2.png here.
 """
 import json
 import sys

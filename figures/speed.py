@@ -74,8 +74,8 @@ def sampling(name, B, P, N):
 def training(name, B, T, steps):
     """Tokens/s of training steps, and their share of what matmul does."""
     model, tokens, target = start(name, B, T + 1)
-    c, n, times = model.config, *((8192, 20) if GPU else (2048, 2))
-    dtype = torch.bfloat16 if c.bf16 else torch.float32
+    n, times, dtype = (8192, 20, torch.bfloat16) if GPU else (2048, 2, torch.float32)
+    c = model.config
     a = torch.randn(n, n, device=WHERE, dtype=dtype)
     loss = partial(gpt.language_model_loss, model, tokens, target)
     s = take_turns({"fit": lambda: gpt.fit(model, lambda _: loss(), steps, lr=1e-4),
@@ -84,8 +84,9 @@ def training(name, B, T, steps):
     N = sum(p.numel() for part, p in model.named_parameters() if "wpe" not in part)
     flop = 6 * N + 12 * c.n_layer * c.n_embd * T
     note(f"training step, {name}, {B} x {T}", rate, "tokens/s")
-    note(f"training step, {name}, {B} x {T}, share of matmul", 100 * rate * flop / peak, "%")
-    note(f"matmul, {n} x {n}, {str(dtype)[6:]}", peak / 1e12, "TFLOP/s")
+    if c.bf16 == GPU:  # of the same precision
+        note(f"training step, {name}, {B} x {T}, share of matmul", 100 * rate * flop / peak, "%")
+        note(f"matmul, {n} x {n}, {str(dtype)[6:]}", peak / 1e12, "TFLOP/s")
 
 
 def rl_iteration(name, B, P, N):
