@@ -67,23 +67,22 @@ class GridWorld:
         self.temperature, self.seed, self.device = temperature, seed, device
         letters = "".join(self.rows)
         self.meat = letters.index("M")
-        cell = torch.arange(k * k)                                      # (S,)
+        cell = torch.arange(k * k, device=device)                       # (S,)
         x, y = cell % k, cell // k                                      # (S,) each
-        target = torch.stack((x, y), 1)[:, None] + MOVES                # (S, 4, 2)
+        target = torch.stack((x, y), 1)[:, None] + MOVES.to(device)     # (S, 4, 2)
         target = target.clamp(0, k - 1)                                 # the wall holds
         self.next = target[..., 1] * k + target[..., 0]                 # (S, 4)
-        self.reward = torch.tensor([REWARDS[c] for c in letters])[self.next]  # (S, 4)
+        entered = torch.tensor([REWARDS[c] for c in letters], device=device)  # (S,)
+        self.reward = entered[self.next]                                # (S, 4)
         self.next[self.meat] = self.meat                                # nothing happens any more
         self.reward[self.meat] = 0.0
-        self.starts = torch.tensor([s for s in cell.tolist() if REWARDS[letters[s]] == 0])
+        self.starts = cell[entered == 0]                                # the free cells
         self.observation = cell if observe == "cell" else y             # (S,)
         # P(s' | s, a) and r(s, a), slips included: a slip is a move in one of the four directions
         P = F.one_hot(self.next, k * k).to(self.reward)                 # (S, 4, S)
         P[self.meat] = 0                                                # no state after the end
         self.P = (1 - slip) * P + slip * P.mean(1, keepdim=True)        # (S, 4, S)
         self.r = (1 - slip) * self.reward + slip * self.reward.mean(1, keepdim=True)  # (S, 4)
-        for name in ("next", "reward", "starts", "observation", "P", "r"):
-            setattr(self, name, getattr(self, name).to(device))
         self.generator = self.stream("reset")
         self.best = self.optimal_values()                               # (S,)
         if not self.best[self.starts].mean() > 0:

@@ -156,10 +156,9 @@ def whiten(adv, mask, eps=1e-8):
 
 
 def explained_variance(values, target, mask):
-    """1 - Var(G - V) / Var(G) over real steps: 1 if V foresees every return (the true V does not,
-    where chance decides), 0 if it is no better than a constant; 0 if G is one.
+    """1 - Var(G - V) / Var(G) over real steps: 1 if V foresees all returns, 0 if it is a constant.
 
-    G is the return: a target A + V would contain V, which then explains itself."""
+    G is the return: a target A + V would contain V, which then explains itself. G constant: 0."""
     G = target[mask.bool()]                                             # (N,)
     error = G - values[mask.bool()]                                     # (N,)
     if (G == G[:1]).all():

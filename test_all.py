@@ -2270,8 +2270,11 @@ def test_what_the_readme_shows_is_what_there_is():
     """The function that it prints, the lines of each file to ten, the ladder's means."""
     text = (TOP / "README.md").read_text(encoding="utf-8")
     assert inspect.getsource(clipped_loss) in text
-    for name, lines in re.findall(r"^(\w+\.py) +(\d+) lines", text, re.M):
-        assert round((TOP / name).read_text(encoding="utf-8").count("\n"), -1) == int(lines), name
+    told = re.findall(r"^(\w+\.py) +(\d+) lines", text, re.M)
+    there = {name: (TOP / name).read_text(encoding="utf-8").count("\n") for name, _ in told}
+    assert {name: int(lines) for name, lines in told} == {
+        name: round(n, -1) for name, n in there.items()}
+    assert f"six files, {round(sum(there.values()), -1):,} lines" in " ".join(text.split())
     said = dict(re.findall(r"^- `([\w-]+)` (.*(?:\n  .*)*)", text, re.M))
     assert list(said) == list(LADDER)
     for algo, sentence in said.items():

@@ -84,7 +84,7 @@ def training(name, B, T, steps):
     N = sum(p.numel() for part, p in model.named_parameters() if "wpe" not in part)
     flop = 6 * N + 12 * c.n_layer * c.n_embd * T
     note(f"training step, {name}, {B} x {T}", rate, "tokens/s")
-    if c.bf16 == GPU:  # of the same precision
+    if c.bf16 == (dtype == torch.bfloat16):  # else it would not be a share of it
         note(f"training step, {name}, {B} x {T}, share of matmul", 100 * rate * flop / peak, "%")
         note(f"matmul, {n} x {n}, {str(dtype)[6:]}", peak / 1e12, "TFLOP/s")
 
@@ -119,18 +119,21 @@ def rl_iteration(name, B, P, N):
         note(f"{what}, peak memory", torch.cuda.max_memory_allocated() / 1e9, "GB")
 
 
+def cell(row):
+    """A number with its unit; a dash where there is none."""
+    if row is None:
+        return "–"
+    x = float(row["number"])
+    return f"{x:,.0f} {row['unit']}" if x >= 1000 else f"{x:.3g} {row['unit']}"
+
+
 def table(*machines):
     """Markdown, a column for the rows of each machine's CSV."""
     lines = ["| what | " + " | ".join(rows[0]["device"] for rows in machines) + " |",
              "|---" * (1 + len(machines)) + "|"]
     columns = [{row["what"]: row for row in rows} for rows in machines]
     for what in {what: None for column in columns for what in column}:
-        cells = []
-        for column in columns:
-            x = float(column[what]["number"]) if what in column else 0.0
-            number = f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
-            cells.append(f"{number} {column[what]['unit']}" if x else "–")
-        lines.append(f"| {what} | {' | '.join(cells)} |")
+        lines.append(f"| {what} | {' | '.join(cell(column.get(what)) for column in columns)} |")
     return lines
 
 
